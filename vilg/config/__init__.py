@@ -1,0 +1,1 @@
+"""Recipes: schema, reading, cross checks, DeepSpeed files."""

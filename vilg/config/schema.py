@@ -1,0 +1,164 @@
+"""The recipe: every setting of a run, one pydantic model per section.
+
+A field has a type, a default where one is sensible, and one sentence with unit and effect. Rules that join several
+fields live in `check.py`, reading and error positions in `load.py`. Unknown keys are refused everywhere.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are frozen after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Shape of the transformer (ERNIE-ViLG, arXiv 2112.15283, section 4.1: 48 layers, 4096, 64 heads)."""
+
+    num_layers: PositiveInt = Field(description="Transformer blocks.")
+    hidden_size: PositiveInt = Field(description="Width of the residual stream.")
+    num_heads: PositiveInt = Field(description="Attention heads; hidden_size must be a multiple of it.")
+    ffn_multiple: PositiveInt = Field(4, description="Width of the feed-forward layer as a multiple of hidden_size.")
+    attention: Literal["sparse", "dense"] = Field(
+        "sparse", description="sparse: the paper's row / column / conv schedule; dense: all image slots in every layer."
+    )
+    row_style: Literal["strict", "wrap"] = Field(
+        "strict", description="Row layers see the same row (strict) or the previous W raster slots (wrap, as DALL-E)."
+    )
+    conv_size: PositiveInt = Field(11, description="Side of the square conv window in image slots; odd.")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before each sub-layer.")
+    qk_norm: bool = Field(False, description="Normalise queries and keys per head (Chameleon, 2405.09818).")
+    dropout: Fraction = Field(0.0, description="Probability of dropping a residual branch's output entries.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the weights at the start.")
+
+
+class TokensConfig(Section):
+    """The two tokenizers and the canonical sequence's size."""
+
+    text_model: Path = Field(description="SentencePiece .model file.")
+    image_model: Path = Field(description="Folder of the image tokenizer (config.json + model.safetensors).")
+    text_slots: PositiveInt = Field(description="T, slots of the text segment; a target caption has T - 1 tokens at most.")
+    grid: tuple[PositiveInt, PositiveInt] = Field(description="[H, W] of the image segment, in tokens.")
+    text_vocab_size: PositiveInt = Field(description="Rows of the text table; at least the SentencePiece vocabulary.")
+    image_vocab_size: PositiveInt = Field(description="Codes of the image tokenizer.")
+
+
+class DataConfig(Section):
+    """Where token shards lie and how pairs become sequences."""
+
+    train: Path = Field(description="Folder of token shards with manifest.json.")
+    directions: Literal["both", "alternate"] = Field(
+        "alternate", description="both: each pair gives two sequences (the paper); alternate: a seeded coin per pair."
+    )
+    text_to_image_fraction: Fraction = Field(0.5, description="Share of text -> image when directions is alternate.")
+    caption_dropout: Fraction = Field(
+        0.1, description="Share of text -> image samples whose caption is emptied, for classifier-free guidance."
+    )
+    workers: int = Field(0, ge=0, description="Reader processes per rank; 0 reads in the training process.")
+    max_bad_fraction: Fraction = Field(0.001, description="Share of unreadable samples above which the run stops.")
+
+
+class BatchConfig(Section):
+    """Sizes in pairs (samples), before directions are applied."""
+
+    global_size: PositiveInt = Field(description="Pairs per optimizer step over all ranks.")
+    micro_size: PositiveInt = Field(description="Pairs per forward pass on one rank.")
+
+
+class LossConfig(Section):
+    """How the two directions add up (paper eq. 3-5)."""
+
+    text_weight: float = Field(1.0, ge=0, description="Weight of the image -> text loss.")
+    image_weight: float = Field(1.0, ge=0, description="Weight of the text -> image loss.")
+    reduction: Literal["mean", "sum"] = Field(
+        "mean", description="mean: per target token and direction, over the global batch; sum: the paper's plain sum per pair."
+    )
+
+
+class ParallelConfig(Section):
+    """How ranks are laid out; the data size follows from the number of processes."""
+
+    engine: Literal["deepspeed", "torch"] = Field(
+        "deepspeed", description="deepspeed: ZeRO by the file below; torch: one process, no DeepSpeed (reference)."
+    )
+    deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="DeepSpeed JSON file; owns the ZeRO stage.")
+    tensor: PositiveInt = Field(1, description="Tensor-parallel ranks.")
+    pipeline: PositiveInt = Field(1, description="Pipeline stages.")
+
+
+class OptimizerConfig(Section):
+    """AdamW; norms, biases and embeddings are not decayed."""
+
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Decay of the two moments.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(0.04, ge=0, description="Decoupled decay of matrices (CogView: 0.04).")
+    grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over optimizer steps: linear warm-up, then cosine."""
+
+    steps: PositiveInt = Field(description="Optimizer steps of the run.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    min_lr_ratio: Fraction = Field(0.1, description="Last learning rate as a share of the peak.")
+
+
+class GuardsConfig(Section):
+    """When a run protects itself."""
+
+    max_nonfinite_steps: int = Field(
+        10, ge=0, description="Consecutive steps with a non-finite loss or gradient before the run stops; such steps are skipped."
+    )
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: PositiveInt = Field(description="Steps between checkpoints; one more is saved before step 1 and at the end.")
+    keep_last: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    every_steps: PositiveInt = Field(10, description="Steps between console lines.")
+    tensorboard: bool = Field(True, description="Write TensorBoard scalars beside the JSONL.")
+
+
+class SamplesConfig(Section):
+    """Fixed-prompt sample sheets during training."""
+
+    every_steps: int = Field(0, ge=0, description="Steps between sheets; 0 draws none.")
+    prompts: tuple[str, ...] = Field((), description="Prompts drawn on every sheet.")
+    guidance: float = Field(1.0, ge=0, description="Classifier-free guidance scale; 1 is none.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_k: int = Field(0, ge=0, description="Codes kept when sampling; 0 keeps all.")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field(description="Name of the run, shown in logs and exports.")
+    seed: int = Field(0, ge=0, description="Everything random derives from this.")
+    run_dir: Path = Field(description="Folder that the run owns: config, checkpoints, logs, samples.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Type of weights and activations in the step.")
+    model: ModelConfig
+    tokens: TokensConfig
+    data: DataConfig
+    batch: BatchConfig
+    loss: LossConfig = LossConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    guards: GuardsConfig = GuardsConfig()
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig = LoggingConfig()
+    samples: SamplesConfig = SamplesConfig()

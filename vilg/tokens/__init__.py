@@ -1,0 +1,1 @@
+"""Tokenizers of both modalities and the canonical sequence they meet in."""
