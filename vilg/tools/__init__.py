@@ -1,0 +1,1 @@
+"""Small tools around a run: sheets of pictures, checks, plans."""
