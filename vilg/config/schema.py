@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are frozen after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -35,7 +36,7 @@ class ModelConfig(Section):
     conv_size: PositiveInt = Field(11, description="Side of the square conv window in image slots; odd.")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before each sub-layer.")
     qk_norm: bool = Field(False, description="Normalise queries and keys per head (Chameleon, 2405.09818).")
-    dropout: Fraction = Field(0.0, description="Probability of dropping a residual branch's output entries.")
+    dropout: BelowOne = Field(0.0, description="Probability of dropping a residual branch's output entries.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the weights at the start.")
 
 
@@ -97,7 +98,7 @@ class OptimizerConfig(Section):
     """AdamW; norms, biases and embeddings are not decayed."""
 
     lr: float = Field(gt=0, description="Peak learning rate.")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Decay of the two moments.")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="Decay of the two moments.")
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(0.04, ge=0, description="Decoupled decay of matrices (CogView: 0.04).")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
@@ -147,7 +148,7 @@ class Recipe(Section):
     """A whole run."""
 
     name: str = Field(description="Name of the run, shown in logs and exports.")
-    seed: int = Field(0, ge=0, description="Everything random derives from this.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Everything random derives from this.")
     run_dir: Path = Field(description="Folder that the run owns: config, checkpoints, logs, samples.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Type of weights and activations in the step.")
     model: ModelConfig

@@ -1,0 +1,225 @@
+"""Cross rules: what no single field of a recipe can know. All problems are reported at once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vilg.config.schema import Recipe
+
+UINT16_CODES = 65536  # token shards hold codes as uint16
+SPECIAL_TEXT_IDS = 4  # unknown, begin, end, padding: tokens/sequence.py
+
+
+class NotGiven(Exception):
+    """A rule read a field that is missing or wrong; that is reported elsewhere, and the rule has nothing to say."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A broken rule; `key` is the dotted key whose position the error shows."""
+
+    key: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What rules know beside the recipe; None where nothing is known yet."""
+
+    world_size: int | None = None
+    zero_stage: int | None = None
+
+
+Rule = Callable[[Any, Surroundings], Iterator[Problem]]
+
+
+def check_recipe(recipe: Recipe, *, world_size: int | None = None, zero_stage: int | None = None) -> list[str]:
+    """Messages for all cross rules a recipe breaks; empty if it is sound.
+
+    `world_size` is the number of processes and `zero_stage` that of the DeepSpeed file, where they are known.
+    """
+    return [problem.message for problem in find_problems(recipe, Surroundings(world_size, zero_stage))]
+
+
+def find_problems(recipe: Any, known: Surroundings) -> list[Problem]:
+    """As `check_recipe`, with the keys. `recipe` may be an incomplete stand-in that raises `NotGiven`."""
+    problems: list[Problem] = []
+    for rule in RULES:
+        try:
+            problems.extend(rule(recipe, known))
+        except NotGiven:
+            continue
+    return problems
+
+
+def _heads(r: Any, known: Surroundings) -> Iterator[Problem]:
+    hidden, heads = r.model.hidden_size, r.model.num_heads
+    if hidden % heads:
+        yield Problem(
+            "model.num_heads",
+            f"model.hidden_size={hidden} is not divisible by model.num_heads={heads}; use {_divisors(hidden, heads)} heads",
+        )
+
+
+def _tensor(r: Any, known: Surroundings) -> Iterator[Problem]:
+    heads, tensor = r.model.num_heads, r.parallel.tensor
+    if heads % tensor:
+        yield Problem(
+            "parallel.tensor",
+            f"model.num_heads={heads} is not divisible by parallel.tensor={tensor}; use {_divisors(heads, tensor)}",
+        )
+
+
+def _conv_size(r: Any, known: Surroundings) -> Iterator[Problem]:
+    size = r.model.conv_size
+    if size % 2 == 0:
+        yield Problem(
+            "model.conv_size",
+            f"model.conv_size={size} is even, so the window has no middle; use {size - 1} or {size + 1}",
+        )
+
+
+def _engine(r: Any, known: Surroundings) -> Iterator[Problem]:
+    if r.parallel.engine != "torch":
+        return
+    if (known.world_size or 1) > 1:
+        yield Problem(
+            "parallel.engine",
+            f"parallel.engine=torch runs one process, but there are {known.world_size}; use engine deepspeed",
+        )
+    for name in ("tensor", "pipeline"):
+        size = getattr(r.parallel, name)
+        if size > 1:
+            yield Problem(
+                f"parallel.{name}", f"parallel.{name}={size} needs parallel.engine=deepspeed; engine torch is one process"
+            )
+
+
+def _stages(r: Any, known: Surroundings) -> Iterator[Problem]:
+    layers, stages = r.model.num_layers, r.parallel.pipeline
+    if stages > layers:
+        yield Problem(
+            "parallel.pipeline",
+            f"parallel.pipeline={stages} stages, but model.num_layers={layers}; use at most {layers} stages",
+        )
+
+
+def _zero(r: Any, known: Surroundings) -> Iterator[Problem]:
+    stage = known.zero_stage
+    if r.parallel.engine == "torch" or stage is None:
+        return
+    if r.parallel.pipeline > 1 and stage >= 2:
+        yield Problem(
+            "parallel.deepspeed",
+            f"parallel.pipeline={r.parallel.pipeline} cannot be joined with ZeRO stage {stage} of "
+            f"{r.parallel.deepspeed}; use stage 0 or 1 (ds_configs/zero1.json), or parallel.pipeline=1",
+        )
+    if r.precision != "fp32" and stage == 0:
+        yield Problem(
+            "precision",
+            f"precision={r.precision} needs ZeRO stage 1 or more, but {r.parallel.deepspeed} has stage 0 (DeepSpeed "
+            "clips by a wrong norm there); use ds_configs/zero1.json, or precision fp32",
+        )
+
+
+def _processes(r: Any, known: Surroundings) -> Iterator[Problem]:
+    world, tensor, pipeline = known.world_size, r.parallel.tensor, r.parallel.pipeline
+    if world is not None and world % (tensor * pipeline):
+        key = "parallel.tensor" if tensor > 1 else "parallel.pipeline"
+        yield Problem(
+            key,
+            f"{world} processes are not divisible by parallel.tensor={tensor} x parallel.pipeline={pipeline}; "
+            f"start a multiple of {tensor * pipeline} processes",
+        )
+
+
+def _batch(r: Any, known: Surroundings) -> Iterator[Problem]:
+    total, micro = r.batch.global_size, r.batch.micro_size
+    split = r.parallel.tensor * r.parallel.pipeline
+    whole = known.world_size is not None and known.world_size % split == 0  # else `_processes` has said so
+    data = known.world_size // split if whole else 1
+    if total % (micro * data):
+        parts = f"batch.micro_size={micro}" + (f" x {data} data-parallel ranks" if data > 1 else "")
+        lower = total // (micro * data) * (micro * data)
+        near = [str(n) for n in (lower, lower + micro * data) if n > 0]
+        yield Problem(
+            "batch.global_size",
+            f"batch.global_size={total} is not divisible by {parts}; use {' or '.join(near)}",
+        )
+
+
+def _schedule(r: Any, known: Surroundings) -> Iterator[Problem]:
+    warmup, steps = r.schedule.warmup_steps, r.schedule.steps
+    if warmup > steps:
+        yield Problem(
+            "schedule.warmup_steps",
+            f"schedule.warmup_steps={warmup} is more than schedule.steps={steps}; use at most {steps}",
+        )
+
+
+def _tokens(r: Any, known: Surroundings) -> Iterator[Problem]:
+    if r.tokens.text_slots < 2:
+        yield Problem("tokens.text_slots", "tokens.text_slots=1 has no room for a begin token and a word; use 2 or more")
+    if r.tokens.image_vocab_size > UINT16_CODES:
+        yield Problem(
+            "tokens.image_vocab_size",
+            f"tokens.image_vocab_size={r.tokens.image_vocab_size} does not fit token shards (uint16); "
+            f"use at most {UINT16_CODES}",
+        )
+    if r.tokens.text_vocab_size <= SPECIAL_TEXT_IDS:
+        yield Problem(
+            "tokens.text_vocab_size",
+            f"tokens.text_vocab_size={r.tokens.text_vocab_size} leaves no room beside the {SPECIAL_TEXT_IDS} special "
+            f"ids; use {SPECIAL_TEXT_IDS + 1} or more",
+        )
+
+
+def _loss(r: Any, known: Surroundings) -> Iterator[Problem]:
+    text, image = r.loss.text_weight, r.loss.image_weight
+    if text == 0 and image == 0:
+        yield Problem("loss.text_weight", "loss.text_weight=0 and loss.image_weight=0: nothing would be learnt")
+    elif r.data.directions == "alternate":
+        share = r.data.text_to_image_fraction
+        if (share == 0 and text == 0) or (share == 1 and image == 0):
+            yield Problem(
+                "data.text_to_image_fraction",
+                f"data.text_to_image_fraction={share:g} leaves one direction, and the weight of its loss is 0",
+            )
+
+
+def _samples(r: Any, known: Surroundings) -> Iterator[Problem]:
+    if r.samples.every_steps and not r.samples.prompts:
+        yield Problem(
+            "samples.every_steps",
+            f"samples.every_steps={r.samples.every_steps}, but samples.prompts is empty; name prompts, or use 0",
+        )
+    if r.samples.top_k > r.tokens.image_vocab_size:
+        yield Problem(
+            "samples.top_k",
+            f"samples.top_k={r.samples.top_k} is more than tokens.image_vocab_size={r.tokens.image_vocab_size}; "
+            "use 0 to keep all codes",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    _heads,
+    _tensor,
+    _conv_size,
+    _engine,
+    _stages,
+    _zero,
+    _processes,
+    _batch,
+    _schedule,
+    _tokens,
+    _loss,
+    _samples,
+)
+
+
+def _divisors(number: int, near: int, count: int = 4) -> str:
+    """The few divisors of `number` closest to `near`, as "1, 2 or 4"."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    closest = sorted(sorted(divisors, key=lambda d: (abs(d - near), d))[:count])
+    *first, last = map(str, closest)
+    return f"{', '.join(first)} or {last}" if first else last
