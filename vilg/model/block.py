@@ -1,0 +1,52 @@
+"""One transformer block: x + Attention(norm(x)), then x + FFN(norm(x)), as in GPT-2."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vilg.config.schema import ModelConfig
+from vilg.model.attention import Attend, Attention
+from vilg.parallel.grid import Grid
+from vilg.parallel.layers import ColumnParallelLinear, Norm, RowParallelLinear
+from vilg.parallel.rng import dropout
+
+
+class FeedForward(nn.Module):
+    """Pre-norm feed-forward branch without its residual; GELU in the tanh approximation: [B, S, C] -> [B, S, C]."""
+
+    def __init__(self, config: ModelConfig, *, grid: Grid, device=None, dtype=None):
+        super().__init__()
+        place = dict(group=grid.tensor_group, device=device, dtype=dtype)
+        split = dict(sequence_parallel=grid.sequence_parallel, **place)
+        hidden, wide = config.hidden_size, config.ffn_multiple * config.hidden_size
+        self.norm = Norm(hidden, config.norm, partial=grid.sequence_parallel, **place)
+        self.up = ColumnParallelLinear(hidden, wide, **split)
+        self.down = RowParallelLinear(wide, hidden, **split)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(hidden)), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Block number `index` (from 0) with one attention pattern.
+
+    With sequence parallelism `hidden` holds this rank's slots only; nothing in here knows.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, pattern: str, *, grid: Grid, device=None, dtype=None):
+        super().__init__()
+        self.index, self.dropout, self.grid = index, config.dropout, grid
+        self.attention = Attention(config, pattern, grid=grid, device=device, dtype=dtype)
+        self.ffn = FeedForward(config, grid=grid, device=device, dtype=dtype)
+
+    def forward(self, hidden: Tensor, attend: Attend, dropout_seeds: Tensor | None = None) -> Tensor:
+        """[B, S, C] -> [B, S, C]. dropout_seeds: int64 [B], needed in training if the model has dropout."""
+        hidden = hidden + self._drop(self.attention(hidden, attend), dropout_seeds, site=2 * self.index)
+        return hidden + self._drop(self.ffn(hidden), dropout_seeds, site=2 * self.index + 1)
+
+    def _drop(self, branch: Tensor, seeds: Tensor | None, *, site: int) -> Tensor:
+        if not self.training or self.dropout == 0.0:
+            return branch
+        if seeds is None:
+            raise ValueError(f"model.dropout={self.dropout} needs dropout_seeds (parallel/rng.py) in training mode")
+        first_slot = self.grid.tensor_rank * branch.shape[1] if self.grid.sequence_parallel else 0
+        return dropout(branch, self.dropout, seeds, site=site, first_slot=first_slot)

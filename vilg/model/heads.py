@@ -1,0 +1,37 @@
+"""Final norm and the two output heads, each on its own segment: no shared softmax over both vocabularies.
+
+Legend: B batch, T text slots, S slots, C hidden, V vocabulary (V / size columns per rank when it is split).
+"""
+
+from torch import Tensor, nn
+
+from vilg.config.schema import ModelConfig
+from vilg.parallel.grid import Grid
+from vilg.parallel.layers import ColumnParallelLinear, Norm, enter_split
+from vilg.tokens.sequence import SequenceSpec
+
+
+class Heads(nn.Module):
+    """Residual stream -> logits in the model's dtype; the loss and sampling take them to fp32. Untied, without bias."""
+
+    def __init__(self, config: ModelConfig, spec: SequenceSpec, *, grid: Grid, device=None, dtype=None):
+        super().__init__()
+        place = dict(group=grid.tensor_group, device=device, dtype=dtype)
+        self.text_slots, self.grid = spec.text_slots, grid
+        self.norm = Norm(config.hidden_size, config.norm, partial=grid.sequence_parallel, **place)
+        head = dict(bias=False, enters=False, **place)
+        self.text_head = ColumnParallelLinear(config.hidden_size, spec.text_vocab_size, **head)
+        self.image_head = ColumnParallelLinear(config.hidden_size, spec.image_vocab_size, **head)
+
+    def text(self, hidden: Tensor) -> Tensor:
+        """Text slots [B, t, C] -> this rank's columns of the text logits [B, t, V]. For decoding."""
+        return self.text_head(self.norm(hidden))
+
+    def image(self, hidden: Tensor) -> Tensor:
+        """Image slots [B, n, C] -> this rank's columns of the image logits [B, n, V]. For decoding."""
+        return self.image_head(self.norm(hidden))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, C] -> text logits [B, T, Vt], image logits [B, N, Vi] (this rank's columns)."""
+        hidden = enter_split(self.norm(hidden), self.grid.tensor_group, self.grid.sequence_parallel)
+        return self.text_head(hidden[:, : self.text_slots]), self.image_head(hidden[:, self.text_slots :])

@@ -1,0 +1,22 @@
+"""The two losses of the paper (ERNIE-ViLG eq. 3-5): cross entropy over target tokens, per direction, as sums."""
+
+from torch import Tensor
+
+from vilg.parallel.loss import cross_entropy_sum
+from vilg.parallel.ops import Group
+from vilg.tokens.sequence import IGNORE
+
+
+def direction_losses(
+    text_logits: Tensor, image_logits: Tensor, text_target: Tensor, image_target: Tensor, *, group: Group = None
+) -> tuple[Tensor, Tensor]:
+    """Sums of -log p over the text targets (image -> text) and the image targets (text -> image): two fp32 scalars.
+
+    text_logits [B, T, Vt / size], image_logits [B, N, Vi / size], any float dtype; targets int64 [B, T], [B, N] with
+    `IGNORE` where there is no loss. group: the tensor-parallel group whose ranks hold the columns.
+    A direction without targets gives 0 with a gradient of zeros, so that ranks with other mixes never wait for each other.
+    """
+    return (
+        cross_entropy_sum(text_logits, text_target, group=group, ignore=IGNORE),
+        cross_entropy_sum(image_logits, image_target, group=group, ignore=IGNORE),
+    )

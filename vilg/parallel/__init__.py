@@ -1,0 +1,1 @@
+"""How one model is spread over ranks: the grid of ranks, collectives with gradients, split layers, one layout table."""
