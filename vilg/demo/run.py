@@ -1,0 +1,185 @@
+"""`vilg demo`: the whole way from raw pictures to new pictures and captions, each stage an ordinary `vilg` command.
+
+The commands are printed as they run, so the demo is the tutorial too. A stage whose command, recipes and predecessors
+are unchanged is skipped on a rerun; an interrupted one continues where its own command continues.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+import vilg
+from vilg.errors import UserError
+
+SCALES = ("demo", "demo-fast", "demo-gpu-48", "demo-gpu-64")
+STATE_FORMAT_VERSION = 1
+PROMPTS = ("白色背景上的马", "a cat on a blue background")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo: its name in the report, what to run, the recipe files it reads."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    recipes: tuple[Path, ...] = ()
+
+    def key(self, before: str) -> str:
+        """Changes when the command, a recipe or any stage before it changes."""
+        digest = hashlib.sha256(f"{before}\n{shlex.join(self.command)}\n{vilg.__version__}".encode())
+        for path in self.recipes:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+def stages(out: Path, recipes: Path, *, seed: int, processes: int) -> list[Stage]:
+    """The demo's commands in order. `recipes` holds scenes.yaml, image_tokenizer.yaml and train.yaml."""
+    raw, tokens, export = out / "raw", out / "tokens", out / "export"
+    scenes, image, train = (recipes / name for name in ("scenes.yaml", "image_tokenizer.yaml", "train.yaml"))
+    alone = ("vilg",)
+    together = ("torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", "vilg")
+    text_model, image_model = out / "text.model", out / "image_tokenizer"
+    plan = [
+        ("data", "Compose image-text pairs from emoji glyphs, as img2dataset would write them",
+         (*alone, "demo-data", "--out", raw, "--config", scenes, "--set", f"seed={seed}"), (scenes,)),
+        ("text_tokenizer", "Train the SentencePiece text tokenizer on the captions",
+         (*alone, "tokenizer", "train-text", "--captions", raw / "train", "--vocab-size", 1000, "--out", text_model), ()),
+        ("image_tokenizer", "Train the image tokenizer: pictures to codes and back",
+         (*together, "tokenizer", "train-image", "--data", raw / "train", "--out", image_model, "--config", image,
+          "--set", f"seed={seed}"), (image,)),
+        ("tokenize", "Turn the pictures into token shards",
+         (*alone, "data", "tokenize", raw / "train", "--image-model", image_model, "--out", tokens), ()),
+        ("train", "Train the transformer in both directions",
+         (*together, "train", train, f"--run_dir={out / 'run'}", f"--seed={seed}", f"--data.train={tokens}",
+          f"--tokens.text_model={text_model}", f"--tokens.image_model={image_model}"), (train,)),
+        ("export", "Convert the sharded checkpoint into one folder for inference",
+         (*alone, "export", out / "run", "--out", export), ()),
+        ("evaluate", "Measure both directions on seen and held-out scenes, and draw the sheet",
+         (*alone, "eval", "scenes", "--model", export, "--raw", raw, "--out", out / "evaluation", "--seed", seed), ()),
+        ("generate", "Draw pictures from text",
+         (*alone, "generate", "--model", export, *(part for text in PROMPTS for part in ("--prompt", text)),
+          "--num", 8, "--best", 4, "--out", out / "generated"), ()),
+        ("caption", "Write captions under pictures",
+         (*alone, "caption", "--model", export, out / "generated" / "0000_00.png", out / "generated" / "0001_00.png"), ()),
+    ]  # fmt: skip
+    return [Stage(name, title, tuple(map(str, command)), files) for name, title, command, files in plan]
+
+
+class MemoryPeak(threading.Thread):
+    """Samples the summed proportional memory (bytes) of this process and its descendants twice a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(0.5):
+            self.peak = max(self.peak, sum(map(_memory, [psutil.Process(), *psutil.Process().children(recursive=True)])))
+
+    def stop(self) -> int:
+        self._stopped.set()
+        self.join()
+        return self.peak
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        # Proportional set size counts shared pages once; not every system reports it.
+        return getattr(process.memory_full_info(), "pss", None) or process.memory_info().rss
+    except psutil.Error:
+        return 0  # the process ended between listing and reading
+
+
+def run_stages(plan: Sequence[Stage], state_file: Path) -> dict[str, dict[str, float]]:
+    """Run what is not done yet; returns seconds and peak bytes per stage, also of skipped ones.
+
+    Raises UserError naming the stage whose command failed.
+    """
+    state = _read_state(state_file)
+    before, measured = "", {}
+    for number, stage in enumerate(plan, 1):
+        before = stage.key(before)
+        heading = f"[{number}/{len(plan)}] {stage.title}"
+        if state.get(stage.name, {}).get("key") == before:
+            print(f"{heading}: done before ({state[stage.name]['seconds']:.0f} s)", flush=True)
+        else:
+            print(f"\n{heading}\n$ {shlex.join(stage.command)}", flush=True)
+            state[stage.name] = {"key": before, **_run(stage)}
+            _write_json(state_file, {"format_version": STATE_FORMAT_VERSION, "stages": state})
+        measured[stage.name] = {k: state[stage.name][k] for k in ("seconds", "peak_bytes")}
+    return measured
+
+
+def _run(stage: Stage) -> dict[str, float]:
+    # One thread a process: two processes of two threads each fight over two cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    runner = {"vilg": ("vilg",), "torchrun": ("torch.distributed.run",)}[stage.command[0]]
+    memory, start = MemoryPeak(), time.monotonic()
+    memory.start()
+    try:
+        code = subprocess.run([sys.executable, "-m", *runner, *stage.command[1:]], env=environment).returncode
+    finally:
+        peak = memory.stop()
+    if code:
+        raise UserError(
+            f"stage {stage.name!r} ended with exit code {code}; its message is above. Mend the cause and run the same "
+            "command again: finished stages are kept"
+        )
+    return {"seconds": round(time.monotonic() - start, 1), "peak_bytes": peak}
+
+
+def _read_state(path: Path) -> dict[str, dict]:
+    if not path.exists():
+        return {}
+    state = json.loads(path.read_text())
+    if state.get("format_version") != STATE_FORMAT_VERSION:
+        raise UserError(f"{path}: written by another version of the demo; choose another --out or delete the folder")
+    return state["stages"]
+
+
+def _write_json(path: Path, content: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def recipes_folder(scale: str) -> Path:
+    """Folder with the recipes of a scale, in the checkout this package runs from."""
+    folder = Path(vilg.__file__).resolve().parent.parent / "launch" / "recipes" / scale
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not found; the demo runs from a clone of the repository (see README.md)")
+    return folder
+
+
+def main(argv: Sequence[str]) -> int:
+    """From clone to pictures and captions: every stage in turn, a sheet, a report."""
+    parser = argparse.ArgumentParser(prog="vilg demo", description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder that everything goes into")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, tokenizers, training and sampling")
+    parser.add_argument("--processes", type=int, default=2, help="training processes; one a core, or one a GPU")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--fast", action="store_true", help="about a minute, for tests; the pictures are bad")
+    size.add_argument("--gpu-size", type=int, choices=(48, 64), help="two objects at 48 or 64 pixels, for a GPU")
+    args = parser.parse_args(argv)
+    scale = "demo-fast" if args.fast else f"demo-gpu-{args.gpu_size}" if args.gpu_size else "demo"
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    plan = stages(args.out, recipes_folder(scale), seed=args.seed, processes=args.processes)
+    measured = run_stages(plan, args.out / "stages.json")
+    from vilg.demo.report import write_report
+
+    write_report(args.out, measured, scale=scale, seed=args.seed)
+    return 0

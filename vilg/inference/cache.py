@@ -1,0 +1,80 @@
+"""Key-value cache of decoding: what the prompt gave, stored once; what each candidate adds, in a ring per layer.
+
+Shapes: P prompts (a guidance null counts as a prompt of no text), K candidates a prompt, R = P * K rows,
+H heads, D head dim, M source slots, C ring capacity of a layer.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels.patterns import cache_capacity, visible_image_slots
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@lru_cache(maxsize=None)
+def ring_reads(pattern: str, grid: tuple[int, int], conv_size: int) -> tuple[int, tuple[Tensor, ...]]:
+    """Ring capacity of an image layer, and for each slot the ring entries it reads.
+
+    Both follow from the one definition of the pattern: slot n lives in entry n mod C until no later slot reads it.
+    """
+    capacity = cache_capacity(pattern, grid, conv_size=conv_size)
+    slots = range(grid[0] * grid[1])
+    return capacity, tuple(
+        torch.tensor(visible_image_slots(pattern, grid, slot, conv_size=conv_size)) % capacity for slot in slots
+    )
+
+
+class DecodeCache:
+    """Keys and values that new slots read: a source shared by the K candidates of a prompt, and a ring for each row.
+
+    source: per layer (keys, values), each [P, H, M, D]; source_visible: bool [P, M]; capacities: C per layer.
+    """
+
+    def __init__(
+        self, source: Sequence[KeyValue], source_visible: Tensor, *, candidates: int, capacities: Sequence[int]
+    ) -> None:
+        self.source = list(source)
+        self.candidates = candidates
+        # [P, 1, 1, M], added to scores: minus infinity where the prompt has no slot.
+        self.source_bias = torch.zeros(source_visible.shape, dtype=torch.float32, device=source_visible.device)
+        self.source_bias = self.source_bias.masked_fill(~source_visible, -torch.inf)[:, None, None, :]
+        keys = self.source[0][0]
+        prompts, heads, _, head_dim = keys.shape
+        self.rings = [
+            tuple(keys.new_zeros(prompts * candidates, heads, capacity, head_dim) for _ in range(2))
+            for capacity in capacities
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by keys and values."""
+        return sum(t.numel() * t.element_size() for pair in [*self.source, *self.rings] for t in pair)
+
+    def attend(self, layer: int, write: int, reads: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store one new slot in ring entry `write` and attend to the source and the entries `reads`.
+
+        q, k, v: [R, H, 1, D], reads: int64 [n] (must contain `write`). Returns [R, H, 1, D]; softmax in float32 over
+        source and ring together.
+        """
+        ring_keys, ring_values = self.rings[layer]
+        ring_keys[:, :, write] = k[:, :, 0]
+        ring_values[:, :, write] = v[:, :, 0]
+        keys, values = ring_keys[:, :, reads], ring_values[:, :, reads]  # [R, H, n, D]
+        source_keys, source_values = self.source[layer]
+
+        rows, heads, _, head_dim = q.shape
+        prompts = rows // self.candidates
+        by_prompt = (prompts, self.candidates, heads, -1)
+        q_PHKD = q.view(by_prompt).transpose(1, 2) / math.sqrt(head_dim)
+        source_scores = (q_PHKD @ source_keys.transpose(-1, -2)).float() + self.source_bias  # [P, H, K, M]
+        ring_scores = (q @ keys.transpose(-1, -2)).float() / math.sqrt(head_dim)  # [R, H, 1, n]
+        ring_scores = ring_scores.view(by_prompt).transpose(1, 2)  # [P, H, K, n]
+        probs = torch.cat([source_scores, ring_scores], -1).softmax(-1).to(v.dtype)
+        source_probs, ring_probs = probs.split([source_scores.shape[-1], ring_scores.shape[-1]], -1)
+        out = (source_probs @ source_values).transpose(1, 2).reshape(rows, heads, 1, head_dim)
+        return out + ring_probs.transpose(1, 2).reshape(rows, heads, 1, -1) @ values

@@ -1,0 +1,79 @@
+"""From logits to tokens: temperature, top-k, top-p, classifier-free guidance. Pure functions.
+
+Shapes: R rows (one per candidate), V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vilg.errors import UserError
+
+_PURPOSE_CANDIDATE = 0x5A4D  # keeps candidates' streams apart from every other use of the same seed
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one token is drawn.
+
+    guidance: scale g of classifier-free guidance, logits = null + g * (prompt - null); 1 is none (one pass instead of
+    two). temperature: 0 is greedy. top_k, top_p: keep the k likeliest, or the smallest set whose probability reaches
+    p; 0 and 1.0 keep all.
+    """
+
+    guidance: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "guidance": (self.guidance >= 0, "at least 0; 1 is no guidance"),
+            "temperature": (self.temperature >= 0, "at least 0; 0 is greedy"),
+            "top_k": (self.top_k >= 0, "at least 0; 0 keeps all"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1; 1 keeps all"),
+        }
+        for name, (holds, allowed) in rules.items():
+            if not holds:
+                raise UserError(f"{name}={getattr(self, name)}: must be {allowed}")
+
+
+def candidate_uniforms(seed: int, candidate: int, count: int) -> np.ndarray:
+    """The random numbers of one candidate, float64 [count] in [0, 1).
+
+    A function of (seed, candidate) alone, so that the same candidate comes out whatever else is in its batch.
+    """
+    sequence = np.random.SeedSequence([_PURPOSE_CANDIDATE, seed, candidate])
+    return np.random.Generator(np.random.Philox(sequence)).random(count)
+
+
+def guided(prompt_logits: Tensor, null_logits: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) on logits [R, V]."""
+    return null_logits + guidance * (prompt_logits - null_logits)
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tensor:
+    """Draw one token a row by inverting the cumulative distribution at `uniforms`.
+
+    logits: float [R, V] (minus infinity forbids a token); uniforms: float64 [R] in [0, 1). Returns int64 [R].
+    """
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    # Cut, then sum in float64: in float32 the tail of a large vocabulary would round away.
+    logits = logits.double() / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        kth = logits.topk(config.top_k, -1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(-1)
+    if config.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+        # A token stays while the mass before it is below p, so the likeliest one always stays.
+        outside = ordered.cumsum(-1) - ordered >= config.top_p
+        probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0)
+    cumulative = probs.cumsum(-1)
+    chosen = torch.searchsorted(cumulative, uniforms[:, None].to(probs) * cumulative[:, -1:], right=True)
+    # Rounding may push the draw one past the last token that has any probability.
+    last = (probs > 0).double().mul(torch.arange(probs.shape[-1], device=probs.device)).argmax(-1, keepdim=True)
+    return torch.minimum(chosen, last)[:, 0]

@@ -1,0 +1,60 @@
+"""Curves of a run, drawn from its metrics.jsonl."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from vilg.errors import UserError
+
+matplotlib.rcParams["font.size"] = 9
+_LOSSES = (("loss", "total", "#444444"), ("image_loss", "text → image", "#c2571a"), ("text_loss", "image → text", "#1f6fb4"))
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Lines of a metrics.jsonl that hold a training step, in order. Raises UserError if there are none."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; expected the metrics of a training run") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON lines ({error})") from None
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise UserError(f"{path}: holds no training step yet")
+    return steps
+
+
+def loss_plot(metrics: Sequence[dict[str, float]], path: Path, *, title: str) -> Path:
+    """Losses in nats per target token, and the learning rate, over optimizer steps; PNG, written atomically."""
+    steps = np.array([line["step"] for line in metrics])
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    for key, label, color in _LOSSES:
+        values = np.array([line.get(key) if line.get(key) is not None else np.nan for line in metrics], float)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        smooth = _smoothed(values)
+        axes.plot(steps, smooth, color=color, linewidth=1.6, label=f"{label}: {smooth[-1]:.3f} at the end")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per target token", title=title, xlim=(0, steps[-1]))
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    rate = axes.twinx()
+    rate.plot(steps, [line.get("lr", np.nan) for line in metrics], color="#999999", linestyle=":", linewidth=1)
+    rate.set_ylabel("learning rate (dotted)", color="#777777")
+    rate.set_ylim(bottom=0)
+    axes.legend(loc="upper right", frameon=False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+    return path
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a fiftieth of the curve; gaps (NaN) are left out of the mean."""
+    width = max(1, len(values) // 50)
+    known = np.nan_to_num(values)
+    weights = np.convolve(~np.isnan(values), np.ones(width), "same")
+    return np.convolve(known, np.ones(width), "same") / np.maximum(weights, 1)
