@@ -45,9 +45,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "3. Export and use": (
         Command("export", "vilg.checkpoint.export:main", "turn a checkpoint into one folder of safetensors"),
-        Command("generate", "vilg.inference.generate:main", "draw pictures for prompts"),
-        Command("caption", "vilg.inference.caption:main", "write captions for pictures"),
-        Command("eval scenes", "vilg.evaluate.scenes:main", "score an export on the demo's scenes, both directions"),
+        Command("generate", "vilg.inference.commands:generate_main", "draw pictures for prompts"),
+        Command("caption", "vilg.inference.commands:caption_main", "write captions for pictures"),
+        Command("eval scenes", "vilg.demo.evaluate:main", "score an export on the demo's scenes, both directions"),
     ),
 }
 COMMANDS: dict[str, Command] = {c.words: c for commands in GROUPS.values() for c in commands}
