@@ -22,8 +22,8 @@ import psutil
 import vilg
 from vilg.errors import UserError
 
-SCALES = ("demo", "demo-fast", "demo-gpu-48", "demo-gpu-64")
 STATE_FORMAT_VERSION = 1
+FAST_EVALUATION = ("--num-scenes", "8", "--num-candidates", "2")
 PROMPTS = ("白色背景上的马", "a cat on a blue background")
 
 
@@ -44,8 +44,11 @@ class Stage:
         return digest.hexdigest()
 
 
-def stages(out: Path, recipes: Path, *, seed: int, processes: int) -> list[Stage]:
-    """The demo's commands in order. `recipes` holds scenes.yaml, image_tokenizer.yaml and train.yaml."""
+def stages(
+    out: Path, recipes: Path, *, seed: int, processes: int, evaluation: Sequence[str] = ()
+) -> list[Stage]:
+    """The demo's commands in order. `recipes` holds scenes.yaml, image_tokenizer.yaml and train.yaml;
+    `evaluation` are further options of the evaluation."""
     raw, tokens, export = out / "raw", out / "tokens", out / "export"
     scenes, image, train = (recipes / name for name in ("scenes.yaml", "image_tokenizer.yaml", "train.yaml"))
     alone = ("vilg",)
@@ -67,7 +70,8 @@ def stages(out: Path, recipes: Path, *, seed: int, processes: int) -> list[Stage
         ("export", "Convert the sharded checkpoint into one folder for inference",
          (*alone, "export", out / "run", "--out", export), ()),
         ("evaluate", "Measure both directions on seen and held-out scenes, and draw the sheet",
-         (*alone, "eval", "scenes", "--model", export, "--raw", raw, "--out", out / "evaluation", "--seed", seed), ()),
+         (*alone, "eval", "scenes", "--model", export, "--raw", raw, "--out", out / "evaluation", "--seed", seed,
+          *evaluation), ()),
         ("generate", "Draw pictures from text",
          (*alone, "generate", "--model", export, *(part for text in PROMPTS for part in ("--prompt", text)),
           "--num", 8, "--best", 4, "--out", out / "generated"), ()),
@@ -177,7 +181,13 @@ def main(argv: Sequence[str]) -> int:
     scale = "demo-fast" if args.fast else f"demo-gpu-{args.gpu_size}" if args.gpu_size else "demo"
 
     args.out.mkdir(parents=True, exist_ok=True)
-    plan = stages(args.out, recipes_folder(scale), seed=args.seed, processes=args.processes)
+    plan = stages(
+        args.out,
+        recipes_folder(scale),
+        seed=args.seed,
+        processes=args.processes,
+        evaluation=FAST_EVALUATION if args.fast else (),
+    )
     measured = run_stages(plan, args.out / "stages.json")
     from vilg.demo.report import write_report
 
