@@ -1,0 +1,181 @@
+"""A folder of token shards as numbered samples. N image slots."""
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta
+from vilg.data.manifest import Manifest
+from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, index_shard
+from vilg.data.tar import ShardError
+from vilg.errors import UserError
+from vilg.tokens.sequence import SequenceSpec
+
+INDEX_FOLDER = "index"  # beside the shards, unless the caller names another place
+_MAX_OPEN_SHARDS = 128  # file descriptors per process; a window of the order touches 32 at most
+
+
+class SampleError(UserError):
+    """A sample that cannot be used; the loader replaces it. `reason` is a short class for counting."""
+
+    def __init__(self, shard: str, key: str, reason: str, detail: str):
+        super().__init__(f"{shard}: key {key!r}: {detail}")
+        self.shard, self.key, self.reason, self.detail = shard, key, reason, detail
+
+    def __reduce__(self):
+        return SampleError, (self.shard, self.key, self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """codes: uint16 [N]; captions: one or more; meta: the sample's JSON object."""
+
+    codes: np.ndarray
+    captions: tuple[str, ...]
+    meta: dict
+
+
+class TokenDataset:
+    """Random access to the samples of a folder of token shards, numbered through its shards in manifest order.
+
+    Cheap to send to another process: only the folders travel, files are opened where they are read.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, index_folder: Path | None):
+        self.folder, self.manifest = folder, manifest
+        self.index_folder = index_folder if index_folder is not None else folder / INDEX_FOLDER
+        self.manifest_hash = manifest.hash
+        self.num_samples = manifest.num_samples
+        self._ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._indices: dict[int, ShardIndex] = {}  # only those that could not be saved
+        self._verified: dict[int, tuple[int, int]] = {}  # shard -> (mtime_ns, inode) whose fingerprint was right
+
+    @staticmethod
+    def open(folder: Path | str, *, index_folder: Path | str | None = None) -> "TokenDataset":
+        """Read and check the manifest and the sizes of the shards.
+
+        index_folder: where shard indices lie or will be written (default: `folder/index`). The data may be read-only:
+        an index that cannot be written is kept in memory. Raises UserError naming the file at fault.
+        """
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        if manifest.num_samples == 0:
+            raise UserError(f"{folder} holds no samples")
+        for shard in manifest.shards:
+            try:
+                size = os.stat(folder / shard.name).st_size
+            except OSError as error:
+                raise ShardError(folder / shard.name, f"is in the manifest, but: {error.strerror}") from None
+            if size != shard.bytes:
+                raise ShardError(folder / shard.name, f"has {size} bytes, the manifest says {shard.bytes}")
+        return TokenDataset(folder, manifest, Path(index_folder) if index_folder is not None else None)
+
+    def __reduce__(self):
+        return TokenDataset, (self.folder, self.manifest, self.index_folder)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def check(self, spec: SequenceSpec, *, image_tokenizer_hash: str | None = None) -> None:
+        """Raise UserError unless these tokens are what a recipe with `spec` (and that image tokenizer) expects."""
+        manifest, where = self.manifest, self.folder / "manifest.json"
+        if tuple(spec.grid) != manifest.grid:
+            raise UserError(
+                f"tokens.grid={list(spec.grid)}, but {where} has grid {list(manifest.grid)}; set tokens.grid to that, "
+                "or tokenize the data again at another image size"
+            )
+        if spec.image_vocab_size != manifest.image_vocab_size:
+            raise UserError(
+                f"tokens.image_vocab_size={spec.image_vocab_size}, but {where} was made with "
+                f"{manifest.image_vocab_size} codes; set tokens.image_vocab_size to that, or use another image tokenizer"
+            )
+        if image_tokenizer_hash is not None and image_tokenizer_hash != manifest.image_tokenizer:
+            raise UserError(
+                f"{where} was made with image tokenizer {manifest.image_tokenizer[:12]}, but tokens.image_model is "
+                f"{image_tokenizer_hash[:12]}; name the tokenizer that made the data, or tokenize the data again"
+            )
+
+    def read(self, index: int) -> tuple[np.ndarray, str, dict]:
+        """Codes (uint16 [N]), first caption and JSON object of sample `index`. Raises SampleError if it is bad."""
+        sample = self.sample(index)
+        return sample.codes, sample.captions[0], sample.meta
+
+    def sample(self, index: int) -> TokenSample:
+        """Sample `index` with all its captions.
+
+        The captions are `captions` (a list of strings) of the JSON if it has them, else the text. Raises SampleError
+        naming shard and key if the sample is bad, ShardError if the shard itself is not what the manifest describes.
+        """
+        number, row = self._locate(index)
+        reader = self._reader(number)
+        fields = reader.read(row)
+        grid = self.manifest.grid
+        try:
+            codes = decode_codes(fields.get("img.npy"), grid[0] * grid[1], self.manifest.image_vocab_size)
+            meta = decode_meta(fields.get("json"))
+            return TokenSample(codes, decode_captions(fields.get("txt"), meta), meta)
+        except BadField as error:
+            raise self.error(index, error.reason, str(error)) from None
+
+    def error(self, index: int, reason: str, detail: str) -> SampleError:
+        """A SampleError that names the shard and the key of sample `index`."""
+        number, row = self._locate(index)
+        return SampleError(self.manifest.shards[number].name, self._reader(number).key(row), reason, detail)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, int(index) - (int(self._ends[number - 1]) if number else 0)
+
+    def _reader(self, number: int) -> ShardReader:
+        reader = self._readers.get(number)
+        if reader is not None:
+            self._readers.move_to_end(number)
+            return reader
+        path = self.folder / self.manifest.shards[number].name
+        index = self.shard_index(number)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise ShardError(path, f"cannot be opened any more: {error.strerror}") from error
+        identity = (status.st_mtime_ns, status.st_ino)
+        reader = ShardReader(path, index, verify=self._verified.get(number) != identity)
+        self._verified[number] = identity
+        self._readers[number] = reader
+        if len(self._readers) > _MAX_OPEN_SHARDS:
+            self._readers.popitem(last=False)[1].close()
+        return reader
+
+    def shard_index(self, number: int) -> ShardIndex:
+        """The index of a shard: loaded, or made (the shard is then hashed and compared with the manifest) and saved."""
+        if number in self._indices:
+            return self._indices[number]
+        entry = self.manifest.shards[number]
+        saved = index_path(self.index_folder, entry.name)
+        if saved.exists():
+            index = ShardIndex.load(saved)
+            if (index.bytes, index.sha256, len(index)) != (entry.bytes, entry.sha256, entry.samples):
+                raise ShardError(saved, f"is the index of another {entry.name} than the manifest's; delete it")
+            return index
+        path = self.folder / entry.name
+        found = file_sha256(path)
+        if found != entry.sha256:
+            raise ShardError(path, f"has SHA-256 {found[:12]}, the manifest says {entry.sha256[:12]}: damaged or replaced")
+        index = index_shard(path, TOKEN_FIELDS, sha256=found)
+        if len(index) != entry.samples:
+            raise ShardError(path, f"holds {len(index)} samples, the manifest says {entry.samples}")
+        try:
+            index.save(saved)
+        except OSError:  # read-only data and no index folder of our own: slower, not wrong
+            self._indices[number] = index
+        return index
+
+
+def index_path(index_folder: Path, shard_name: str) -> Path:
+    """Where the index of a shard lies."""
+    return index_folder / f"{shard_name}.idx"

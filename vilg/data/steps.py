@@ -1,0 +1,168 @@
+"""One optimizer step's share of a rank, built from nothing but its first global sample index. Runs in loader workers.
+
+Shapes: B pairs of a micro-batch (2B sequences with `directions: both`), T text slots, N image slots.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from vilg.data.dataset import SampleError, TokenDataset, TokenSample
+from vilg.data.order import Order, uniforms
+from vilg.errors import UserError
+from vilg.tokens.sequence import Sample, SequenceBatch, SequenceSpec, collate, image_to_text, text_to_image
+
+MAX_BAD_IN_A_ROW = 100
+MAX_CAPTION_CHARACTERS = 20_000  # longer ones do not fit any text segment; encoding a megabyte would stall the step
+_CACHED_CAPTIONS = 1 << 16
+_DIRECTION, _DROPOUT, _CAPTION = 0, 1, 2  # columns of `uniforms`
+
+
+class TextEncoder(Protocol):
+    """What the loader needs of `vilg.tokens.text.TextTokenizer`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was replaced. global_index counts through the run; sample through the data set."""
+
+    global_index: int
+    epoch: int
+    sample: int
+    shard: str
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One rank's share of a step as numpy arrays: they cross process borders without shared memory or descriptors.
+
+    arrays: per micro-batch the fields of SequenceBatch. num_samples: pairs read. failure: why the run must stop.
+    """
+
+    arrays: list[dict[str, np.ndarray]]
+    num_samples: int
+    bad: list[BadSample]
+    failure: str | None = None
+
+    def batches(self) -> list[SequenceBatch]:
+        return [SequenceBatch(**{k: torch.from_numpy(v) for k, v in batch.items()}) for batch in self.arrays]
+
+
+@dataclass
+class StepBuilder:
+    """Callable: first global index of a step -> StepData. Picklable; caches refill in the process that calls it."""
+
+    dataset: TokenDataset
+    text_tokenizer: TextEncoder
+    spec: SequenceSpec
+    directions: Literal["both", "alternate"]
+    text_to_image_fraction: float
+    caption_dropout: float
+    seed: int
+    global_size: int
+    micro_size: int
+    data_rank: int
+    data_size: int
+
+    def __post_init__(self) -> None:
+        self._order = Order(self.dataset.num_samples, self.seed)
+        self._encoded: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+
+    def __reduce__(self):
+        return StepBuilder, tuple(getattr(self, field.name) for field in fields(self))
+
+    def __call__(self, first: int) -> StepData:
+        chances = uniforms(self.seed, "pair-choices", first, self.global_size)
+        # [micro-batches, micro_size]: the elements of the step that are this rank's.
+        mine = np.arange(self.global_size).reshape(-1, self.data_size, self.micro_size)[:, self.data_rank]
+        samples = self._order(first + mine.reshape(-1)).reshape(mine.shape)
+        arrays: list[dict[str, np.ndarray]] = []
+        bad: list[BadSample] = []
+        try:
+            for elements, numbers in zip(mine, samples, strict=True):
+                sequences: list[Sample] = []
+                for element, number in zip(elements.tolist(), numbers.tolist(), strict=True):
+                    chance = chances[element].tolist()
+                    codes, text = self._pair(first + element, number, chance[_CAPTION], bad)
+                    sequences += self._sequences(codes, text, chance)
+                arrays.append(_arrays(collate(sequences)))
+        except UserError as error:  # handed over as text: a traceback from a worker would bury it
+            return StepData([], mine.size, bad, failure=str(error))
+        return StepData(arrays, mine.size, bad)
+
+    def _pair(self, index: int, number: int, chance: float, bad: list[BadSample]) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Codes and caption ids at global index `index`, or those of the next good position in the epoch's order.
+
+        Only the sample at `index` itself is recorded as bad: its followers are recorded at their own index, once.
+        """
+        epoch, position = divmod(index, self.dataset.num_samples)
+        attempts = min(MAX_BAD_IN_A_ROW, self.dataset.num_samples)
+        for attempt in range(attempts):
+            if attempt:
+                at = (position + attempt) % self.dataset.num_samples
+                number = int(self._order.at(epoch, np.array([at]))[0])
+            try:
+                sample = self.dataset.sample(number)
+                return sample.codes, self._caption(number, sample, chance)
+            except SampleError as error:
+                last = error
+                if attempt == 0:
+                    bad.append(
+                        BadSample(index, epoch, number, error.shard, error.key, error.reason, error.detail)
+                    )
+        raise UserError(
+            f"{attempts} samples in a row are bad, the last one {last}; check the data with `vilg data lint "
+            f"{self.dataset.folder}`"
+        )
+
+    def _caption(self, number: int, sample: TokenSample, chance: float) -> tuple[int, ...]:
+        """Ids of a caption drawn among the sample's, or of the next one that fits; raises SampleError if none does."""
+        room = self.spec.text_slots - 1  # as a target it needs one more slot, for the end token
+        drawn = int(chance * len(sample.captions))
+        length = "no tokens"
+        for i in range(len(sample.captions)):
+            caption = sample.captions[(drawn + i) % len(sample.captions)]
+            if len(caption) > MAX_CAPTION_CHARACTERS:
+                length = f"{len(caption)} characters"
+                continue
+            ids = self._encode(caption)
+            if 0 < len(ids) <= room:
+                return ids
+            length = f"{len(ids)} tokens" if ids else length
+        if length == "no tokens":
+            raise self.dataset.error(number, "empty caption", "the caption has no tokens")
+        raise self.dataset.error(
+            number, "caption too long", f"the caption has {length}, tokens.text_slots leaves room for {room} tokens"
+        )
+
+    def _encode(self, caption: str) -> tuple[int, ...]:
+        ids = self._encoded.get(caption)
+        if ids is None:
+            ids = tuple(self.text_tokenizer.encode(caption))
+            self._encoded[caption] = ids
+            if len(self._encoded) > _CACHED_CAPTIONS:
+                self._encoded.popitem(last=False)
+        return ids
+
+    def _sequences(self, codes: np.ndarray, text: tuple[int, ...], chance: list[float]) -> list[Sample]:
+        source = () if chance[_DROPOUT] < self.caption_dropout else text
+        if self.directions == "both":
+            return [text_to_image(self.spec, source, codes), image_to_text(self.spec, text, codes)]
+        if chance[_DIRECTION] < self.text_to_image_fraction:
+            return [text_to_image(self.spec, source, codes)]
+        return [image_to_text(self.spec, text, codes)]
+
+
+def _arrays(batch: SequenceBatch) -> dict[str, np.ndarray]:
+    return {field.name: getattr(batch, field.name).numpy() for field in fields(SequenceBatch)}
