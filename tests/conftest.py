@@ -1,4 +1,4 @@
-"""All tests: one thread per process, no file written outside a temporary folder, and no frightening harmless warnings."""
+"""All tests: one thread per process, caches in a temporary folder, GPU tests skip with the reason elsewhere."""
 
 import os
 import shutil

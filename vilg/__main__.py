@@ -26,7 +26,7 @@ class Command:
 
 GROUPS: dict[str, tuple[Command, ...]] = {
     "Start": (
-        Command("demo", "vilg.demo.run:main", "the whole way on a small real data set: data, training, pictures, captions"),
+        Command("demo", "vilg.demo.run:main", "the whole way on a small data set: train, draw, caption, score"),
         Command("env", "vilg.tools.env:main", "versions, devices and the optimized parts found on this machine"),
     ),
     "1. Data": (

@@ -57,7 +57,8 @@ def _heads(r: Any, known: Surroundings) -> Iterator[Problem]:
     if hidden % heads:
         yield Problem(
             "model.num_heads",
-            f"model.hidden_size={hidden} is not divisible by model.num_heads={heads}; use {_divisors(hidden, heads)} heads",
+            f"model.hidden_size={hidden} is not divisible by model.num_heads={heads}; "
+            f"use {_divisors(hidden, heads)} heads",
         )
 
 
@@ -68,6 +69,17 @@ def _tensor(r: Any, known: Surroundings) -> Iterator[Problem]:
             "parallel.tensor",
             f"model.num_heads={heads} is not divisible by parallel.tensor={tensor}; use {_divisors(heads, tensor)}",
         )
+
+
+def _tensor_vocabularies(r: Any, known: Surroundings) -> Iterator[Problem]:
+    tensor = r.parallel.tensor
+    for name in ("text_vocab_size", "image_vocab_size"):
+        rows = getattr(r.tokens, name)
+        if rows % tensor:
+            advice = f"use {_rounded_up(rows, tensor)}" if name == "text_vocab_size" else "use another parallel.tensor"
+            yield Problem(
+                f"tokens.{name}", f"tokens.{name}={rows} is not divisible by parallel.tensor={tensor}; {advice}"
+            )
 
 
 def _conv_size(r: Any, known: Surroundings) -> Iterator[Problem]:
@@ -91,7 +103,8 @@ def _engine(r: Any, known: Surroundings) -> Iterator[Problem]:
         size = getattr(r.parallel, name)
         if size > 1:
             yield Problem(
-                f"parallel.{name}", f"parallel.{name}={size} needs parallel.engine=deepspeed; engine torch is one process"
+                f"parallel.{name}",
+                f"parallel.{name}={size} needs parallel.engine=deepspeed; engine torch is one process",
             )
 
 
@@ -159,7 +172,8 @@ def _schedule(r: Any, known: Surroundings) -> Iterator[Problem]:
 
 def _tokens(r: Any, known: Surroundings) -> Iterator[Problem]:
     if r.tokens.text_slots < 2:
-        yield Problem("tokens.text_slots", "tokens.text_slots=1 has no room for a begin token and a word; use 2 or more")
+        message = "tokens.text_slots=1 has no room for a begin token and a word; use 2 or more"
+        yield Problem("tokens.text_slots", message)
     if r.tokens.image_vocab_size > UINT16_CODES:
         yield Problem(
             "tokens.image_vocab_size",
@@ -204,6 +218,7 @@ def _samples(r: Any, known: Surroundings) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     _heads,
     _tensor,
+    _tensor_vocabularies,
     _conv_size,
     _engine,
     _stages,
@@ -215,6 +230,10 @@ RULES: tuple[Rule, ...] = (
     _loss,
     _samples,
 )
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def _divisors(number: int, near: int, count: int = 4) -> str:

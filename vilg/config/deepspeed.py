@@ -22,7 +22,7 @@ def read_deepspeed_file(path: str | Path) -> Marked:
         raise UserError(f"{path}: a DeepSpeed file is one JSON object, like ds_configs/zero1.json")
     _check_keys(marked, marked.value, ALLOWED, ())
     stage = zero_stage(marked.value)
-    if stage not in ZERO_STAGES or isinstance(stage, bool):
+    if type(stage) is not int or stage not in ZERO_STAGES:  # 1.0 and true equal 1
         key = ("zero_optimization", "stage")
         marked.problems.append((marked.place(key), f"{dotted(key)}={stage!r} is no ZeRO stage; use 0, 1, 2 or 3"))
     return marked

@@ -45,7 +45,7 @@ class TokensConfig(Section):
 
     text_model: Path = Field(description="SentencePiece .model file.")
     image_model: Path = Field(description="Folder of the image tokenizer (config.json + model.safetensors).")
-    text_slots: PositiveInt = Field(description="T, slots of the text segment; a target caption has T - 1 tokens at most.")
+    text_slots: PositiveInt = Field(description="T, slots of the text segment; a target caption has at most T - 1.")
     grid: tuple[PositiveInt, PositiveInt] = Field(description="[H, W] of the image segment, in tokens.")
     text_vocab_size: PositiveInt = Field(description="Rows of the text table; at least the SentencePiece vocabulary.")
     image_vocab_size: PositiveInt = Field(description="Codes of the image tokenizer.")
@@ -79,7 +79,8 @@ class LossConfig(Section):
     text_weight: float = Field(1.0, ge=0, description="Weight of the image -> text loss.")
     image_weight: float = Field(1.0, ge=0, description="Weight of the text -> image loss.")
     reduction: Literal["mean", "sum"] = Field(
-        "mean", description="mean: per target token and direction, over the global batch; sum: the paper's plain sum per pair."
+        "mean",
+        description="mean: per target token and direction, over the global batch; sum: the paper's plain sum per pair.",
     )
 
 
@@ -116,14 +117,16 @@ class GuardsConfig(Section):
     """When a run protects itself."""
 
     max_nonfinite_steps: int = Field(
-        10, ge=0, description="Consecutive steps with a non-finite loss or gradient before the run stops; such steps are skipped."
+        10,
+        ge=0,
+        description="Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops.",
     )
 
 
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
-    every_steps: PositiveInt = Field(description="Steps between checkpoints; one more is saved before step 1 and at the end.")
+    every_steps: PositiveInt = Field(description="Steps between checkpoints; also saved: before step 1, at the end.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
 
 
@@ -150,7 +153,9 @@ class Recipe(Section):
     name: str = Field(description="Name of the run, shown in logs and exports.")
     seed: int = Field(0, ge=0, lt=2**63, description="Everything random derives from this.")
     run_dir: Path = Field(description="Folder that the run owns: config, checkpoints, logs, samples.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Type of weights and activations in the step.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="Type of weights and activations in the step."
+    )
     model: ModelConfig
     tokens: TokensConfig
     data: DataConfig

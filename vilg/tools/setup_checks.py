@@ -18,16 +18,16 @@ def problems(folder):
     found = []
     if sys.version_info < OLDEST_PYTHON:
         found.append(
-            "Python {}.{} is too old ({}); install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3.12".format(
-                sys.version_info[0], sys.version_info[1], sys.executable
-            )
+            "Python {}.{} is too old ({}); install Python 3.10 or newer, or name one: "
+            "make PYTHON=/path/to/python3.12".format(sys.version_info[0], sys.version_info[1], sys.executable)
         )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError as error:
         found.append(
-            "this Python cannot make virtual environments ({}); on Debian and Ubuntu: apt install python3-venv".format(error)
+            "this Python cannot make virtual environments ({}); "
+            "on Debian and Ubuntu: apt install python3-venv".format(error)
         )
     if not compiler():
         found.append(
@@ -38,9 +38,8 @@ def problems(folder):
     needed = NEEDED_GIB_CUDA if shutil.which("nvidia-smi") else NEEDED_GIB
     if free < needed and not os.path.exists(os.path.join(folder, ".venv", ".installed")):
         found.append(
-            "{:.1f} GiB free in {}, but the installation takes about {:.0f} GiB; make room, or clone to another disk".format(
-                free, folder, needed
-            )
+            "{:.1f} GiB free in {}, but the installation takes about {:.0f} GiB; make room, or clone to another "
+            "disk".format(free, folder, needed)
         )
     return found
 
