@@ -1,0 +1,166 @@
+"""Launching the Triton kernels, as `torch.library` custom ops: `torch.compile` and activation checkpointing see one op.
+
+Legend: B samples, H heads, T text slots, S = T + rows*cols slots of the window's view, D channels a head.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention.tiles import BLOCK, choose_tile
+from kernels.attention.triton_backward import key_gradient_kernel, query_gradient_kernel
+from kernels.attention.triton_forward import forward_kernel
+from kernels.patterns import Window
+
+LOG2_E = 1.0 / math.log(2.0)
+CHUNK_SLOTS = 1024  # image queries one program adds up for a tile of text keys
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    num_warps: int
+    num_stages: int
+
+
+def launch_config(kernel: str, block_d: int, itemsize: int) -> LaunchConfig:
+    """Warps and pipeline stages of `forward`, `query_gradient`, `key_gradient`; checked by the compile gate (README)."""
+    if itemsize >= 4:
+        return LaunchConfig(8, 1)
+    return LaunchConfig(8 if block_d >= 128 else 4, 2)
+
+
+def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype, interpreted: bool) -> dict:
+    """The constexpr arguments that all three kernels share."""
+    tile = choose_tile(view)
+    return {
+        "QK_SCALE": scale * LOG2_E,
+        "D": channels,
+        "BLOCK_D": max(16, 1 << (channels - 1).bit_length()),
+        "BLOCK_N": BLOCK,
+        "TILE_ROWS": tile.rows,
+        "TILE_COLS": tile.cols,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "WIDEN": interpreted and dtype == torch.bfloat16,
+    }
+
+
+def triton_attention(q, k, v, text_len, text_prefix, image_is_target, *, view: Window, scale: float) -> Tensor:
+    """Attention of q, k, v [B, H, S, D] by the Triton kernels; arguments as checked by `sparse_attention`."""
+    window = [view.rows, view.cols, view.reach_rows, view.reach_cols]
+    return attention_forward(q, k, v, text_len, text_prefix, image_is_target, window, scale)[0]
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """Empty [B, H, S, D] whose memory is [B, S, H, D]: joining the heads afterwards is free."""
+    batch, heads, slots, channels = x.shape
+    return x.new_empty(batch, slots, heads, channels).transpose(1, 2)
+
+
+def _statistics(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+class _Launch:
+    """What the launches of one call have in common."""
+
+    def __init__(self, q: Tensor, window: list[int], scale: float):
+        self.view = Window(*window)
+        self.text_slots = q.shape[2] - self.view.num_slots
+        self.text_tiles = -(-self.text_slots // BLOCK)
+        tile = choose_tile(self.view)
+        self.image_tiles = tile.count(self.view)
+        self.programs = q.shape[0] * q.shape[1]
+        self.itemsize = q.element_size()
+        self.constants = kernel_constants(q.shape[-1], scale, self.view, q.dtype, q.device.type == "cpu")
+        self.sizes = (
+            q.shape[1], q.shape[2], self.text_slots, *window, self.text_tiles, tile.across(self.view),
+        )  # fmt: skip
+        self.device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
+
+    def run(self, name: str, kernel, tiles: int, *args, **constants) -> None:
+        config = launch_config(name, self.constants["BLOCK_D"], self.itemsize)
+        with self.device:
+            kernel[(self.programs, tiles)](
+                *args, **self.constants, **constants, num_warps=config.num_warps, num_stages=config.num_stages
+            )
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+@torch.library.custom_op("vilg_kernels::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, text_len: Tensor, text_prefix: Tensor, image_is_target: Tensor,
+    window: list[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output [B, H, S, D] and log2 denominators [B, H, S]. `window`: the four fields of `patterns.Window`."""
+    launch = _Launch(q, window, scale)
+    out, lse = _heads_last(q), _statistics(q)
+    launch.run(
+        "forward", forward_kernel, launch.text_tiles + launch.image_tiles,
+        q, k, v, out, lse, text_len, text_prefix, image_is_target, *_strides(q, k, v, out), *launch.sizes,
+    )  # fmt: skip
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(q, k, v, text_len, text_prefix, image_is_target, window, scale):
+    return _heads_last(q), _statistics(q)
+
+
+@torch.library.custom_op("vilg_kernels::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    text_len: Tensor, text_prefix: Tensor, image_is_target: Tensor, window: list[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv [B, H, S, D]; deterministic."""
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()  # an expanded gradient, as sum().backward() makes it
+    launch = _Launch(q, window, scale)
+    dq, dk, dv = (_heads_last(x) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    samples = (text_len, text_prefix, image_is_target)
+    launch.run(
+        "query_gradient", query_gradient_kernel, launch.text_tiles + launch.image_tiles,
+        q, k, v, out, grad, lse, delta, dq, *samples, *_strides(q, k, v, out, grad, dq), *launch.sizes, SCALE=scale,
+    )  # fmt: skip
+    chunks = -(-launch.view.num_slots // CHUNK_SLOTS)
+    text_shape = (chunks, *q.shape[:2], launch.text_slots, q.shape[-1])
+    text_parts = [lse.new_empty(text_shape) for _ in range(2)]
+    launch.run(
+        "key_gradient", key_gradient_kernel, launch.text_tiles * chunks + launch.image_tiles,
+        q, k, v, grad, lse, delta, dk, dv, *text_parts, *samples,
+        *_strides(q, k, v, grad, dk, dv), *launch.sizes, chunks, CHUNK_SLOTS, SCALE=scale,
+    )  # fmt: skip
+    for whole, parts in zip((dk, dv), text_parts):
+        if launch.text_slots:
+            whole[:, :, : launch.text_slots] = parts.sum(0)
+    return dq, dk, dv
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, out, lse, text_len, text_prefix, image_is_target, window, scale):
+    return _heads_last(q), _heads_last(k), _heads_last(v)
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad, _grad_lse):
+    q, k, v, text_len, text_prefix, image_is_target, out, lse = ctx.saved_tensors
+    grads = attention_backward(
+        grad, q, k, v, out, lse, text_len, text_prefix, image_is_target, ctx.window, ctx.scale
+    )
+    return *grads, None, None, None, None, None
+
+
+attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
