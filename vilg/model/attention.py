@@ -61,9 +61,11 @@ class Attention(nn.Module):
         self.head_dim = hidden // config.num_heads
         self.norm = Norm(hidden, config.norm, partial=grid.sequence_parallel, **place)
         self.qkv = ColumnParallelLinear(hidden, 3 * hidden, **split)
-        if config.qk_norm:  # Chameleon, 2405.09818 section 2.2; weights shared by all heads, which are split over ranks
-            self.q_norm = Norm(self.head_dim, config.norm, partial=True, **place)
-            self.k_norm = Norm(self.head_dim, config.norm, partial=True, **place)
+        if config.qk_norm:
+            # Chameleon (2405.09818 section 2.2). Shared by all heads, which are split over ranks; a bias of the keys would
+            # add the same to all logits of a query, which the softmax takes out again.
+            self.q_norm = Norm(self.head_dim, config.norm, bias=False, partial=True, **place)
+            self.k_norm = Norm(self.head_dim, config.norm, bias=False, partial=True, **place)
         else:
             self.q_norm = self.k_norm = None
         self.out = RowParallelLinear(hidden, hidden, **split)

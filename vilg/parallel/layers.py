@@ -97,25 +97,26 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm, or RMSNorm without bias, over the last dimension; statistics in fp32 whatever the dtype.
+    """`layernorm` or `rmsnorm` (no bias) over the last dimension; statistics in fp32 whatever the dtype.
 
     `partial`: each rank of the group sees other slots or heads, so the gradient of the weights is summed over it.
     """
 
     def __init__(
-        self, channels: int, kind: str, *, group: Group = None, partial: bool = False,
+        self, channels: int, kind: str, *, bias: bool = True, group: Group = None, partial: bool = False,
         eps: float = 1e-5, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        self.group, self.partial, self.eps = group, partial, eps
+        self.kind, self.group, self.partial, self.eps = kind, group, partial, eps
         self.weight = blank((channels,), device, dtype)
-        self.bias = blank((channels,), device, dtype) if kind == "layernorm" else None
+        self.bias = blank((channels,), device, dtype) if bias and kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = shared(self.weight, self.group, self.partial)
-        if self.bias is None:
+        if self.kind == "rmsnorm":
             return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, shared(self.bias, self.group, self.partial), self.eps)
+        bias = None if self.bias is None else shared(self.bias, self.group, self.partial)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 def shared(parameter: Tensor, group: Group, partial: bool) -> Tensor:

@@ -9,12 +9,12 @@ from vilg.parallel.ops import Group, group_rank
 
 
 def cross_entropy_sum(logits: Tensor, target: Tensor, *, group: Group = None, ignore: int = -100) -> Tensor:
-    """Sum of -log softmax(logits)[target] in fp32, a scalar; 0 if all targets are `ignore`.
+    """Sum of -log softmax(logits)[target], a scalar in fp32 (fp64 for fp64 logits); 0 if all targets are `ignore`.
 
     logits: any float dtype [..., V / size]: this rank's columns of the vocabulary. target: int64 [...], whole-vocabulary
     ids, equal on all ranks of the group.
     """
-    logits = logits.flatten(0, -2).float()
+    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     target = target.flatten()
     if group is None:
         return F.cross_entropy(logits, target, ignore_index=ignore, reduction="sum")
