@@ -1,0 +1,90 @@
+"""`run_state.json`: what a checkpoint says about itself, readable without torch or DeepSpeed."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vilg.errors import UserError
+
+STATE_FILE = "run_state.json"
+STATE_VERSION = 1
+# Nothing of the generators' state need be stored: every random choice is a pure function of these.
+RANDOMNESS = "every random choice is a function of (seed, purpose, step or global sample index)"
+_PACKAGES = ("vilg", "torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything of a checkpoint but the tensors.
+
+    step: optimizer steps done. samples: pairs, tokens: filled slots, both over the whole run and all ranks. loader: its
+    state as a dictionary. skipped: steps left out for non-finite numbers, in a row at the end and in total. layout:
+    engine, precision, ZeRO stage and sizes of the axes that wrote the files. recipe: resolved. tokenizers: hashes.
+    files: name -> bytes of every file beside this one.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    loader: dict[str, Any]
+    skipped: dict[str, int]
+    layout: dict[str, Any]
+    recipe: dict[str, Any]
+    tokenizers: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    randomness: str = RANDOMNESS
+
+    @property
+    def recipe_hash(self) -> str:
+        """sha256 of the resolved recipe, hex."""
+        return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps({"format_version": STATE_VERSION, "recipe_hash": self.recipe_hash, **asdict(self)}, indent=1)
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The state of a checkpoint folder whose files are all there with their sizes.
+
+    Raises UserError naming the file that is missing, cut, of another version or damaged.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, so {checkpoint} is no checkpoint; name a run or one of its checkpoints/step_*") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); use an earlier checkpoint") from None
+    found = data.pop("format_version", None)
+    if found != STATE_VERSION:
+        raise UserError(f"{path}: format_version {found!r}; this vilg reads {STATE_VERSION}. Use the vilg that wrote it")
+    recipe_hash = data.pop("recipe_hash", None)
+    known = {f.name for f in fields(RunState)}
+    if set(data) != known:
+        raise UserError(f"{path}: keys {sorted(set(data) ^ known)} are missing or unknown; use an earlier checkpoint")
+    state = RunState(**data)
+    if state.recipe_hash != recipe_hash:
+        raise UserError(f"{path}: the recipe in it was changed by hand (its hash differs); use an earlier checkpoint")
+    for name, size in state.files.items():
+        file = checkpoint / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            what = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+            raise UserError(f"{file}: {what}; the checkpoint is not whole. Use an earlier one")
+    return state
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "source tree"
+    return found

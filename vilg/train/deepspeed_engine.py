@@ -1,0 +1,190 @@
+"""DeepSpeed behind the engine's four calls. Nothing else of vilg imports DeepSpeed for training.
+
+The traps this file steps around are DeepSpeed 0.19's: a JIT build at start, optimizers that compile, pickles without
+`weights_only`, prints, and scripts copied beside checkpoints.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vilg.checkpoint.tensors import DEEPSPEED_CLASSES, load_tensors, save_tensors
+from vilg.config.deepspeed import merged_deepspeed_config, zero_stage
+from vilg.config.schema import Recipe
+from vilg.errors import UserError
+from vilg.model.vilg import Vilg
+from vilg.parallel.grid import Grid
+from vilg.tokens.sequence import SequenceBatch
+from vilg.train import optim
+from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, step_result
+
+
+class DeepSpeedEngine:
+    """ZeRO by the recipe's DeepSpeed file, with our AdamW as client optimizer and our schedule.
+
+    All ranks must make every call together. Each micro-batch's loss is multiplied by the data size, which undoes
+    DeepSpeed's averaging over data ranks: gradients are those of the global batch's loss.
+    """
+
+    def __init__(self, recipe: Recipe, grid: Grid, model: Vilg, device: torch.device) -> None:
+        self.recipe, self.grid, self.device = recipe, grid, device
+        config = merged_deepspeed_config(recipe, data_size=grid.data_size)
+        self.stage = zero_stage(config)
+        if self.stage == 0:
+            config["gradient_clipping"] = 0.0  # stage 0 neither reports the norm nor skips; `_plain_step` does both
+        self.layout = dict(
+            engine="deepspeed",
+            precision=recipe.precision,
+            zero_stage=self.stage,
+            data=grid.data_size,
+            tensor=grid.tensor_size,
+            pipeline=grid.pipeline_size,
+        )
+        deepspeed = _import_deepspeed(device)
+        model = model.to(device).train()
+        groups = optim.parameter_groups(list(model.named_parameters()), recipe.optimizer.weight_decay)
+        optimizer, self.optimizer_name = optim.build_adamw(groups, recipe.optimizer, device)
+        with _silent():
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=config,
+                mpu=grid if grid.tensor_size > 1 else None,
+                dist_init_required=False,
+            )
+        self.model = model
+        self.config = config
+        self.files = _checkpoint_engine()
+        self.engine.checkpoint_engine = self.files
+
+    def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        optim.set_learning_rate(self.engine.optimizer, plan.lr)
+        for index, batch in enumerate(batches):
+            seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
+            loss, parts = micro_batch_loss(self.engine, batch.to(self.device), plan, seeds, self.grid)
+            self.engine.backward(loss * self.grid.data_size, scale_wrt_gas=False)
+            sums += parts
+            if index + 1 < len(batches) or self.stage > 0:
+                self.engine.step()  # counts micro-batches; the last one updates the weights
+        norm, skipped = self._plain_step() if self.stage == 0 else self._zero_outcome()
+        if self.grid.data_group is not None:
+            dist.all_reduce(sums, group=self.grid.data_group)
+        return step_result(sums, plan, grad_norm=norm, skipped=skipped)
+
+    def save(self, folder: Path) -> None:
+        # DeepSpeed waits for all ranks inside, so a failed write is kept back until they are through.
+        with _silent():
+            self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        failure, self.files.failure = self.files.failure, None
+        if self.grid.rank == 0:
+            for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # they unpickle; `vilg export` replaces them
+                (folder.parent / script).unlink(missing_ok=True)
+        if failure:
+            raise failure
+
+    def load(self, folder: Path) -> None:
+        with _silent():
+            path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        if path is None:
+            raise UserError(f"{folder}: holds no DeepSpeed files that this layout reads")
+        # The files carry the settings of the run that wrote them; the recipe's count.
+        if self.stage > 0:
+            self.engine.optimizer.clip_grad = self.recipe.optimizer.grad_clip
+        optim.restore_settings(self.engine.optimizer, self.recipe.optimizer)
+
+    def _zero_outcome(self) -> tuple[torch.Tensor | float, bool]:
+        """Norm before clipping and whether ZeRO left the step out; all ranks agree, for the norm is all-reduced."""
+        return self.engine.get_global_grad_norm(), bool(self.engine.optimizer.overflow)
+
+    def _plain_step(self) -> tuple[torch.Tensor, bool]:
+        """The last micro-batch's step without ZeRO: gradients are already summed over the data ranks."""
+        weights = list(self.model.parameters())
+        norm = self._norm_over_tensor_ranks(weights)
+        skipped = not bool(norm.isfinite())
+        if skipped:
+            self.engine.zero_grad()
+            self.engine.set_gradient_accumulation_boundary(False)
+            self.engine.step()
+            self.engine.set_gradient_accumulation_boundary(None)
+            return norm, True
+        optim.clip_gradients(weights, norm, self.recipe.optimizer.grad_clip)
+        self.engine.step()
+        return norm, False
+
+    def _norm_over_tensor_ranks(self, weights: list[torch.nn.Parameter]) -> torch.Tensor:
+        """Parameters that every tensor rank holds whole count once."""
+        if self.grid.tensor_group is None:
+            return optim.gradient_norm(weights)
+        split = optim.gradient_norm([p for p in weights if p.tensor_model_parallel]).square()
+        dist.all_reduce(split, group=self.grid.tensor_group)
+        whole = optim.gradient_norm([p for p in weights if not p.tensor_model_parallel]).square()
+        return (split + whole).sqrt()
+
+
+def write_config(config: dict[str, Any], run_dir: Path) -> None:
+    """The merged DeepSpeed config, for people."""
+    (run_dir / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _import_deepspeed(device: torch.device):
+    """DeepSpeed, initialised on the existing process group, warnings only."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
+    with _silent():
+        import deepspeed
+        import deepspeed.ops
+
+        if device.type == "cpu":
+            # Otherwise every fresh machine compiles `deepspeed_shm_comm` for a minute, or fails without a compiler; only
+            # an inference call uses it. The table is private, so its absence only costs that minute.
+            with contextlib.suppress(AttributeError, TypeError):
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # it was made while stdout was silenced
+    return deepspeed
+
+
+def _checkpoint_engine():
+    """DeepSpeed's reader and writer of files, replaced by one that flushes, and unpickles only tensors."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    classes = (loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address)
+    assert {f"{c.__module__}.{c.__qualname__}" for c in classes} == set(DEEPSPEED_CLASSES)
+
+    class TensorFiles(TorchCheckpointEngine):
+        failure: Exception | None = None
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                save_tensors(state_dict, path)
+            except Exception as error:  # raised by `save` above once all ranks are through DeepSpeed's barriers
+                self.failure = self.failure or error
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return load_tensors(path, map_location=map_location, classes=classes)
+
+    return TensorFiles()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Swallow DeepSpeed's plain prints; its logger and all errors stay."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,147 @@
+"""The engine: a model and its optimizer behind four calls. Two forms, chosen by `parallel.engine`.
+
+`torch` is one process of plain PyTorch: the reference whose numbers the DeepSpeed form must reproduce.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vilg.config.schema import Recipe
+from vilg.checkpoint.tensors import write_failure
+from vilg.errors import UserError
+from vilg.model.vilg import Vilg
+from vilg.parallel.grid import Grid
+from vilg.tokens.sequence import SequenceBatch
+from vilg.train import optim
+from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, step_result
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+
+
+class Engine(Protocol):
+    """layout: what the checkpoint files depend on, the same keys as `RunState.layout`. optimizer_name: for people."""
+
+    model: Vilg
+    layout: dict[str, Any]
+    optimizer_name: str
+
+    def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
+        """One optimizer step over this rank's micro-batches (host tensors)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's files into an existing folder and flush them. Raises UserError."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Continue from files of the same layout. Raises UserError naming a file that is missing or refused."""
+        ...
+
+
+def build_engine(recipe: Recipe, grid: Grid, model: Vilg, device: torch.device) -> Engine:
+    """The form that the recipe names, around a model that holds its initial weights in fp32."""
+    if recipe.parallel.engine == "torch":
+        if grid.world_size > 1:
+            raise UserError(
+                f"parallel.engine=torch is one process, but {grid.world_size} were started; use parallel.engine=deepspeed"
+            )
+        return TorchEngine(recipe, model, device)
+    from vilg.train.deepspeed_engine import DeepSpeedEngine  # imported where it is used: it takes seconds
+
+    return DeepSpeedEngine(recipe, grid, model, device)
+
+
+class TorchEngine:
+    """Plain PyTorch in one process. With bf16 the optimizer holds fp32 master weights, as ZeRO does."""
+
+    def __init__(self, recipe: Recipe, model: Vilg, device: torch.device) -> None:
+        if recipe.precision == "fp16":
+            raise UserError("precision=fp16 needs DeepSpeed's loss scaling; use parallel.engine=deepspeed, or bf16")
+        self.recipe, self.device, self.grid = recipe, device, Grid.single()
+        self.model = model.to(device, DTYPES[recipe.precision]).train()
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.weights = list(self.model.parameters())
+        masters = recipe.precision != "fp32"
+        self.masters = [p.detach().float().clone().requires_grad_() for p in self.weights] if masters else self.weights
+        groups = optim.parameter_groups(list(zip(self.names, self.masters)), recipe.optimizer.weight_decay)
+        self.optimizer, self.optimizer_name = optim.build_adamw(groups, recipe.optimizer, device)
+        self.layout = dict(
+            engine="torch", precision=recipe.precision, zero_stage=0, data=1, tensor=1, pipeline=1
+        )
+
+    def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for master in self.masters:
+            master.grad = None
+        for index, batch in enumerate(batches):
+            seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
+            loss, parts = micro_batch_loss(self.model, batch.to(self.device), plan, seeds, self.grid)
+            loss.backward()
+            sums += parts
+            self._collect_gradients()
+        norm = optim.gradient_norm(self.masters)
+        skipped = not bool(norm.isfinite())
+        if not skipped:
+            optim.clip_gradients(self.masters, norm, self.recipe.optimizer.grad_clip)
+            optim.set_learning_rate(self.optimizer, plan.lr)
+            self.optimizer.step()
+            self._spread_masters()
+        return step_result(sums, plan, grad_norm=norm, skipped=skipped)
+
+    def save(self, folder: Path) -> None:
+        weights = {name: p.detach().contiguous() for name, p in zip(self.names, self.weights)}
+        state = {}
+        for name, master in zip(self.names, self.masters):
+            state |= {f"{key}.{name}": value for key, value in self.optimizer.state[master].items()}
+            if master.dtype != DTYPES[self.recipe.precision]:
+                state[f"master.{name}"] = master.detach()
+        for file, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, state)):
+            try:
+                save_file(tensors, folder / file)
+                with open(folder / file, "rb+") as stream:
+                    os.fsync(stream.fileno())
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot write {folder / file}: {write_failure(error)}") from error
+
+    def load(self, folder: Path) -> None:
+        self.model.load_state_dict(_read(folder / MODEL_FILE, self.device))
+        by_name = dict(zip(self.names, self.masters))
+        for key, tensor in _read(folder / OPTIMIZER_FILE, self.device).items():
+            entry, name = key.split(".", 1)
+            if name not in by_name:
+                raise UserError(f"{folder / OPTIMIZER_FILE}: {key} belongs to no parameter of this model")
+            if entry == "master":
+                by_name[name].data.copy_(tensor)
+            else:
+                self.optimizer.state[by_name[name]][entry] = tensor
+
+    @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        """Add the model's gradients to those of the fp32 masters, which accumulate over micro-batches."""
+        if self.masters is self.weights:
+            return
+        for weight, master in zip(self.weights, self.masters):
+            if weight.grad is not None:
+                gradient = weight.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                weight.grad = None
+
+    @torch.no_grad()
+    def _spread_masters(self) -> None:
+        if self.masters is not self.weights:
+            for weight, master in zip(self.weights, self.masters):
+                weight.copy_(master)
+
+
+def _read(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); use an earlier checkpoint") from None

@@ -1,0 +1,140 @@
+"""What a run says: console lines, metrics.jsonl and TensorBoard from rank 0; every rank has a log file of its own."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+from vilg.train.metrics import Window
+from vilg.train.step import StepPlan, StepResult
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Open for one start of a run. `resume_step`: metrics of later steps, which will be done again, are removed."""
+
+    def __init__(self, folder: Path, *, rank: int, total_steps: int, resume_step: int, tensorboard: bool) -> None:
+        self.rank, self.total_steps = rank, total_steps
+        self.own: TextIO = open(folder / f"rank_{rank}.log", "a", encoding="utf-8", buffering=1)
+        self.pending: list[tuple[StepPlan, StepResult]] = []
+        self.metrics: TextIO | None = None
+        self.board = None
+        if rank == 0:
+            cut_metrics(folder / METRICS_FILE, resume_step)
+            self.metrics = open(folder / METRICS_FILE, "a", encoding="utf-8")
+            if tensorboard:
+                self.board = _tensorboard(folder / "tensorboard", resume_step)
+
+    def say(self, text: str) -> None:
+        """A line for people: on the console from rank 0, in every rank's log file."""
+        self.own.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """As `say`, on stderr, marked."""
+        self.own.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} warning: {text}\n")
+        if self.rank == 0:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def step(self, plan: StepPlan, result: StepResult) -> None:
+        """Keep a step's numbers where they are, on the device, until `flush` reads them."""
+        if self.rank == 0:
+            self.pending.append((plan, result))
+
+    def flush(self, window: Window | None = None, *, device_word: str = "gpu") -> None:
+        """Write the steps kept; with a window also the console line, from the last step."""
+        rows = [_row(plan, result) for plan, result in self.pending]
+        self.pending.clear()
+        if rows and window:
+            rows[-1] |= {k: v for k, v in asdict(window).items() if v is not None}
+            self.say(console_line(rows[-1], self.total_steps, window, device_word))
+        if self.metrics:
+            self.metrics.writelines(json.dumps(row) + "\n" for row in rows)
+            self.metrics.flush()
+        if self.board:
+            for row in rows:
+                for key, value in row.items():
+                    if key not in ("step", "skipped") and value is not None:
+                        self.board.add_scalar(f"train/{key}", value, row["step"])
+
+    def close(self) -> None:
+        self.flush()
+        if self.board:
+            self.board.close()
+        if self.metrics:
+            self.metrics.close()
+        self.own.close()
+
+
+def console_line(row: dict, total_steps: int, window: Window, device_word: str) -> str:
+    """`step 120/5000  loss 5.31 (image 6.02 text 3.88)  ...`, with units; MFU only where the peak is known."""
+    losses = " ".join(
+        f"{name} {row[key]:.3f}" for name, key in (("image", "image_loss"), ("text", "text_loss")) if row[key] is not None
+    )
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+    norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+    parts = [
+        f"step {row['step']}/{total_steps}",
+        f"loss {loss} ({losses})" if losses else f"loss {loss}",
+        f"lr {row['lr']:.2e}",
+        f"grad {norm}",
+        f"{_thousands(window.tokens_per_second)} tok/s/{device_word}",
+        *([f"MFU {window.mfu:.0%}"] if window.mfu is not None else []),
+        f"data {window.data_wait:.0%}",
+        f"mem {window.memory / 2**30:.1f} GiB",
+        f"eta {duration(window.eta_seconds)}",
+    ]
+    return "  ".join(parts)
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Remove lines of steps after `last_step`, and a last line that a crash cut short; atomically."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def duration(seconds: float) -> str:
+    """`3h12m`, `4m10s`, `12s`."""
+    whole = int(round(seconds))
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _row(plan: StepPlan, result: StepResult) -> dict:
+    numbers = {key: _finite(getattr(result, key)) for key in ("loss", "text_loss", "image_loss", "grad_norm", "lr")}
+    return {"step": plan.step, **numbers, "skipped": result.skipped}
+
+
+def _finite(value: object) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def _tensorboard(folder: Path, resume_step: int):
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
+
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None, flush_secs=30)

@@ -1,0 +1,64 @@
+"""The training loop, and the command `vilg train`."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vilg.config.schema import Recipe
+from vilg.parallel.ranks import Ranks, SharedError
+from vilg.train.distributed import distributed
+from vilg.train.guards import StopSignals
+from vilg.train.run import open_run, read_arguments
+from vilg.train.step import count, plan_step
+
+USER_MISTAKE = 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """`vilg train RECIPE [--section.key=value ...]`: start the recipe's run or continue it. Exit code 0 also for a stop
+    by signal: the run is saved, and `DONE` in its folder says whether it is finished."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with distributed(device) as ranks:
+        try:
+            train(read_arguments(argv, ranks), ranks, device)
+        except SharedError:
+            if ranks.is_main:
+                raise
+            raise SystemExit(USER_MISTAKE) from None  # rank 0 prints the message for all
+    return 0
+
+
+def train(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
+    """Run the optimizer steps that are left. Every rank calls it; a signal to any of them ends all after a whole step."""
+    run = open_run(recipe, ranks, device)
+    if run is None:
+        return
+    replicas = run.grid.world_size // run.grid.data_size  # ranks that read the same data
+    with StopSignals() as stop:
+        run.save()  # before the first step: a bad disk or quota shows now
+        steps = iter(run.loader)
+        while run.steps_left:
+            with run.meter.waiting():
+                batches = next(steps)
+            # One exchange per step, on the host: what the loss is divided by, and whether anybody was asked to stop.
+            stops, *counts = ranks.sum(stop.asked is not None, *count(batches))
+            if stops:
+                break
+            text_targets, image_targets, tokens = (n // replicas for n in counts)
+            plan = plan_step(recipe, run.step + 1, text_targets=text_targets, image_targets=image_targets)
+            result = run.engine.train_step(batches, plan)
+            run.finish_step(plan, result, tokens)
+            if run.due(recipe.logging.every_steps):
+                run.log_line()
+            if run.due(recipe.samples.every_steps):
+                run.draw_samples()
+            if run.due(recipe.checkpoint.every_steps):
+                run.save()
+        if run.steps_left:
+            run.log.say(f"{stop.asked or 'signal on another rank'}: stopping after step {run.step}")
+        run.save()
+        if not run.steps_left:
+            run.mark_done()
+        outcome = "finished" if not run.steps_left else "saved; the same command continues it"
+        run.log.say(f"{recipe.name}: {outcome} at step {run.step} of {recipe.schedule.steps}")
+        run.log.close()

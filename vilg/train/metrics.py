@@ -1,0 +1,88 @@
+"""Speed, memory and remaining time of a run, measured between two console lines."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16 peak in FLOP/s by the name torch reports (NVIDIA data sheets, without sparsity).
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A800": 312e12, "L40S": 362e12}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Means over the steps since the last line. tokens_per_second: filled slots per rank. data_wait: share of the time
+    spent waiting for the loader. mfu: None where the device's peak is unknown. memory: peak bytes of this process."""
+
+    seconds_per_step: float
+    tokens_per_second: float
+    data_wait: float
+    memory: int
+    mfu: float | None
+    eta_seconds: float
+
+
+class Meter:
+    """Clock of a run. `flops_per_step` and `world_size` give the share of the peak that the model's work reaches."""
+
+    def __init__(self, *, world_size: int, flops_per_step: float, device: torch.device) -> None:
+        self.world_size, self.flops_per_step, self.device = world_size, flops_per_step, device
+        self.peak = peak_flops(device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.start, self.waited, self.tokens, self.steps = time.perf_counter(), 0.0, 0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the loader."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around work that is no step (a checkpoint, a sample sheet), so that speed and ETA are those of steps."""
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
+
+    def count(self, tokens: int) -> None:
+        """A step over `tokens` filled slots of all ranks is done."""
+        self.tokens += tokens
+        self.steps += 1
+
+    def window(self, steps_left: int) -> Window:
+        """Figures since the last call."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        per_step = seconds / max(1, self.steps)
+        window = Window(
+            seconds_per_step=per_step,
+            tokens_per_second=self.tokens / seconds / self.world_size,
+            data_wait=self.waited / seconds,
+            memory=peak_memory(self.device),
+            mfu=self.flops_per_step / per_step / self.world_size / self.peak if self.peak else None,
+            eta_seconds=per_step * steps_left,
+        )
+        self._reset()
+        return window
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of the device in FLOP/s, None where it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

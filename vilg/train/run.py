@@ -1,0 +1,230 @@
+"""A run put together: folder, tokenizers, data, model, engine and log, at the step where it stands."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from vilg.checkpoint.load import read_for_resume
+from vilg.checkpoint.probes import compute_probes, save_probes
+from vilg.checkpoint.save import save_checkpoint
+from vilg.checkpoint.state import RunState, read_state, versions
+from vilg.config import Recipe, load_recipe, take_overrides
+from vilg.data.loader import Loader, LoaderState, TokenDataset, bad_sample_path
+from vilg.errors import UserError
+from vilg.model.vilg import Vilg
+from vilg.parallel.grid import Grid
+from vilg.parallel.ranks import Ranks
+from vilg.tokens.files import write_atomically
+from vilg.tokens.sequence import SequenceSpec
+from vilg.tokens.text import TextTokenizer
+from vilg.tokens.vqgan import ImageTokenizer
+from vilg.train.engine import Engine, build_engine
+from vilg.train.guards import NonFiniteGuard
+from vilg.train.log import RunLog
+from vilg.train.metrics import Meter
+from vilg.train.rundir import DONE_FILE, LOGS, SAMPLES, open_run_dir
+from vilg.train.samples import Sampler
+from vilg.train.step import StepPlan, StepResult
+
+
+@dataclass
+class Run:
+    """Everything the loop needs. step, tokens, position: after the last finished step; saved_step: of LATEST."""
+
+    recipe: Recipe
+    ranks: Ranks
+    grid: Grid
+    engine: Engine
+    loader: Loader
+    log: RunLog
+    meter: Meter
+    sampler: Sampler | None
+    tokenizers: dict[str, str]
+    position: LoaderState
+    step: int = 0
+    tokens: int = 0
+    saved_step: int | None = None
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+
+    @property
+    def steps_left(self) -> int:
+        return self.recipe.schedule.steps - self.step
+
+    def finish_step(self, plan: StepPlan, result: StepResult, tokens: int) -> None:
+        """Account for a step. Raises UserError when too many steps in a row were not finite."""
+        self.step, self.position = plan.step, self.loader.state
+        self.tokens += tokens
+        self.meter.count(tokens)
+        self.log.step(plan, result)
+        if warning := self.guard.check(plan.step, result, self.recipe.guards):
+            self.log.warn(warning)
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: never) is due after this one; the last step always counts."""
+        return every > 0 and (self.step % every == 0 or self.steps_left == 0)
+
+    def log_line(self) -> None:
+        window = self.meter.window(self.steps_left)
+        self.log.flush(window, device_word="rank" if self.meter.device.type == "cpu" else "gpu")
+
+    def draw_samples(self) -> None:
+        if self.sampler is None:
+            return
+        with self.meter.paused():
+            name = f"step_{self.step:08d}.png"
+            path = self.recipe.run_dir / SAMPLES / name if self.ranks.is_main else None
+            self.sampler.draw(path, title=f"{self.recipe.name}, step {self.step}")
+        self.log.say(f"drew {SAMPLES}/{name}")
+
+    def save(self) -> None:
+        """Save a checkpoint of the last finished step, if LATEST is not that step already."""
+        if self.saved_step == self.step:
+            return
+        self.log.flush()  # the metrics on the disk must reach at least as far as the checkpoint
+        started = time.perf_counter()
+        state = RunState(
+            step=self.step,
+            samples=self.position.samples_consumed,
+            tokens=self.tokens,
+            loader=self.position.to_dict(),
+            skipped=self.guard.to_dict(),
+            layout=self.engine.layout,
+            recipe=self.recipe.model_dump(mode="json"),
+            tokenizers=self.tokenizers,
+        )
+        with self.meter.paused():
+            path = save_checkpoint(
+                self.recipe.run_dir, state, self._write, ranks=self.ranks, keep_last=self.recipe.checkpoint.keep_last
+            )
+        self.saved_step = self.step
+        self.log.say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+
+    def mark_done(self) -> None:
+        """Leave the file that tells batch scripts not to start the run again."""
+        if self.ranks.is_main:
+            write_atomically(self.recipe.run_dir / DONE_FILE, f"{self.step}\n".encode())
+
+    def _write(self, folder: Path) -> None:
+        self.engine.save(folder)
+        probes = compute_probes(self.engine.model)
+        if self.ranks.is_main:
+            save_probes(probes, folder)
+
+
+def read_arguments(argv: Sequence[str], ranks: Ranks) -> Recipe:
+    """The recipe of a command line, read and checked on one rank for all. Raises SharedError."""
+    overrides, rest = take_overrides(argv)
+    parser = argparse.ArgumentParser(
+        prog="vilg train",
+        description="Train a recipe, or continue its run where LATEST stands. Alone, or under torchrun or srun.",
+        epilog="--section.key=value overrides a key of the recipe, for example --optimizer.lr=1e-3",
+    )
+    parser.add_argument("recipe", type=Path, help="YAML file, for example launch/recipes/debug.yaml")
+    path = parser.parse_args(rest).recipe
+    return ranks.on_main(lambda: load_recipe(path, overrides, world_size=ranks.world_size))
+
+
+def sequence_spec(recipe: Recipe) -> SequenceSpec:
+    tokens = recipe.tokens
+    return SequenceSpec(tokens.text_slots, tokens.grid, tokens.text_vocab_size, tokens.image_vocab_size)
+
+
+def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
+    """Start or continue the run of a recipe; None if it is finished. All ranks call it.
+
+    Raises UserError for everything that a user can mend: another recipe's folder, files that do not fit each other, a
+    damaged checkpoint, another layout.
+    """
+    if recipe.parallel.pipeline > 1:
+        raise UserError(f"parallel.pipeline={recipe.parallel.pipeline}: training runs with pipeline=1; use tensor and data ranks")
+    grid = Grid.build(tensor=recipe.parallel.tensor)
+    text, image = TextTokenizer.load(recipe.tokens.text_model), ImageTokenizer.load(recipe.tokens.image_model)
+    tokenizers = {"text": text.hash, "image": image.hash}
+    spec = sequence_spec(recipe)
+    checkpoint, notes = ranks.on_main(lambda: open_run_dir(recipe))
+    before = read_state(checkpoint) if checkpoint else None
+    if before and before.step >= recipe.schedule.steps:
+        if ranks.is_main:
+            print(f"{recipe.run_dir} is finished: {before.step} of {recipe.schedule.steps} steps. Nothing to do")
+        return None
+    log = RunLog(
+        recipe.run_dir / LOGS,
+        rank=ranks.rank,
+        total_steps=recipe.schedule.steps,
+        resume_step=before.step if before else 0,
+        tensorboard=recipe.logging.tensorboard,
+    )
+    for note in notes:
+        log.say(f"note: {note}")
+    model = Vilg(recipe.model, spec, grid=grid)
+    if not before:
+        model.reset_parameters(recipe.seed)
+    engine = build_engine(recipe, grid, model, device)
+    if before:
+        _check_tokenizers(before, tokenizers, checkpoint)
+        read_for_resume(checkpoint, engine.layout)
+        engine.load(checkpoint)
+    loader = Loader(
+        TokenDataset.open(recipe.data.train),
+        text,
+        spec,
+        recipe.data,
+        seed=recipe.seed,
+        global_size=recipe.batch.global_size,
+        micro_size=recipe.batch.micro_size,
+        data_rank=grid.data_rank,
+        data_size=grid.data_size,
+        state=LoaderState.from_dict(before.loader) if before else None,
+        quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if grid.tensor_rank == 0 else None,
+        image_tokenizer_hash=image.hash,
+    )
+    samples = recipe.samples
+    run = Run(
+        recipe=recipe,
+        ranks=ranks,
+        grid=grid,
+        engine=engine,
+        loader=loader,
+        log=log,
+        meter=Meter(world_size=ranks.world_size, flops_per_step=0.0, device=device),
+        sampler=Sampler(samples, engine.model, text, image, seed=recipe.seed) if samples.every_steps else None,
+        tokenizers=tokenizers,
+        position=loader.state,
+    )
+    if before:
+        run.step, run.tokens, run.saved_step = before.step, before.tokens, before.step
+        run.guard = NonFiniteGuard(**before.skipped)
+    _introduce(run, checkpoint)
+    return run
+
+
+def _check_tokenizers(before: RunState, now: dict[str, str], checkpoint: Path) -> None:
+    for kind, key in (("text", "tokens.text_model"), ("image", "tokens.image_model")):
+        if before.tokenizers[kind] != now[kind]:
+            raise UserError(
+                f"{checkpoint} was trained with {kind} tokenizer {before.tokenizers[kind][:12]}, but {key} is "
+                f"{now[kind][:12]}; name the file it was trained with"
+            )
+
+
+def _introduce(run: Run, checkpoint: Path | None) -> None:
+    """Say what runs: sizes, layout, optimizer, where it starts; and leave the merged DeepSpeed config for people."""
+    recipe, layout = run.recipe, run.engine.layout
+    parameters = sum(p.numel() for p in run.engine.model.parameters())
+    if run.ranks.is_main:
+        (recipe.run_dir / DONE_FILE).unlink(missing_ok=True)
+        if config := getattr(run.engine, "config", None):
+            write_atomically(recipe.run_dir / "deepspeed.json", (json.dumps(config, indent=2) + "\n").encode())
+    found = versions()
+    run.log.say(
+        f"{recipe.name}: {parameters / 1e6:.1f}M parameters per rank, {layout['engine']} "
+        f"(ZeRO {layout['zero_stage']}), {run.ranks.world_size} process(es) = {layout['data']} data x {layout['tensor']} "
+        f"tensor, {recipe.precision}, {run.engine.optimizer_name}, torch {found['torch']}, deepspeed {found['deepspeed']}"
+    )
+    where = f"continuing from {checkpoint}" if checkpoint else "starting"
+    run.log.say(f"{where}: step {run.step} of {recipe.schedule.steps}; run folder {recipe.run_dir}")

@@ -1,0 +1,98 @@
+"""What one optimizer step is asked to do, and the loss of one micro-batch: shared by both engines."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vilg.config.schema import Recipe
+from vilg.model.loss import direction_losses
+from vilg.parallel.grid import Grid
+from vilg.parallel.rng import sequence_seeds
+from vilg.tokens.sequence import SequenceBatch
+from vilg.train.optim import learning_rate
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step. Target counts are of the global batch; a scale turns a sum of cross entropies into its part
+    of the loss, so the loss is the same number however the batch is split."""
+
+    step: int
+    lr: float
+    text_targets: int
+    image_targets: int
+    text_scale: float
+    image_scale: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened, over the global batch. loss is what was minimised; text_loss and image_loss are means in nats per
+    target token, NaN without targets. Tensors are scalars on the device, so that reading them is left to the logger.
+
+    skipped: the step was left out, weights and optimizer state are unchanged. grad_norm: before clipping.
+    """
+
+    loss: Tensor
+    text_loss: Tensor
+    image_loss: Tensor
+    grad_norm: Tensor | float
+    skipped: bool
+    lr: float
+
+
+def plan_step(recipe: Recipe, step: int, *, text_targets: int, image_targets: int) -> StepPlan:
+    """Scales by `loss.reduction`: `mean` divides by the direction's target tokens in the global batch, `sum` (the
+    paper's eq. 3-5) by the pairs in it."""
+    loss, pairs = recipe.loss, recipe.batch.global_size
+    text_unit, image_unit = (text_targets, image_targets) if loss.reduction == "mean" else (pairs, pairs)
+    return StepPlan(
+        step=step,
+        lr=learning_rate(step, recipe.optimizer, recipe.schedule),
+        text_targets=text_targets,
+        image_targets=image_targets,
+        text_scale=loss.text_weight / max(1, text_unit),
+        image_scale=loss.image_weight / max(1, image_unit),
+    )
+
+
+def micro_batch_loss(
+    forward: Callable[..., tuple[Tensor, Tensor]], batch: SequenceBatch, plan: StepPlan, seeds: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """The micro-batch's share of the loss (scalar with gradient) and its sums of cross entropy, float64 [text, image]."""
+    logits = forward(*batch.inputs(), dropout_seeds=seeds)
+    text_sum, image_sum = direction_losses(*logits, batch.text_target, batch.image_target, group=grid.tensor_group)
+    loss = text_sum * plan.text_scale + image_sum * plan.image_scale
+    # An infinite loss can have finite gradients (a target's logit at -inf). Spoil them without asking the device, so
+    # that the one check of the gradient norm sees every kind of failure on every rank.
+    loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+    return loss, torch.stack([text_sum, image_sum]).detach().double()
+
+
+def dropout_seeds(recipe: Recipe, grid: Grid, plan: StepPlan, index: int, batch: SequenceBatch) -> Tensor:
+    """Seeds of this rank's micro-batch number `index`: they follow the sequences' places in the global batch."""
+    first = (index * grid.data_size + grid.data_rank) * len(batch)
+    return sequence_seeds(recipe.seed, plan.step, first, len(batch))
+
+
+def step_result(sums: Tensor, plan: StepPlan, *, grad_norm: Tensor | float, skipped: bool) -> StepResult:
+    """From sums of cross entropy over the global batch, float64 [text, image]."""
+    text, image = sums.unbind()
+    return StepResult(
+        loss=text * plan.text_scale + image * plan.image_scale,
+        text_loss=text / plan.text_targets if plan.text_targets else text + math.nan,
+        image_loss=image / plan.image_targets if plan.image_targets else image + math.nan,
+        grad_norm=grad_norm,
+        skipped=skipped,
+        lr=plan.lr,
+    )
+
+
+def count(batches: Sequence[SequenceBatch]) -> tuple[int, int, int]:
+    """Text targets, image targets and filled slots of this rank's micro-batches; read on the host, before the device."""
+    counts = [batch.target_counts() for batch in batches]
+    filled = sum(int(b.text_len.sum()) + b.image_input.numel() for b in batches)
+    return sum(text for text, _ in counts), sum(image for _, image in counts), filled
