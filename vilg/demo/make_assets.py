@@ -1,4 +1,4 @@
-"""The script that made `vilg/demo/assets/`; nobody needs to run it to use the demo.
+"""The script that made `vilg/demo/assets/` and `vilg/pictures/assets/`; nobody needs to run it to use the demo.
 
     python -m vilg.demo.make_assets                        # fetches four Debian packages (92 MB) and builds
     python -m vilg.demo.make_assets --packages DIR         # uses *.deb files, or folders unpacked from them, in DIR
@@ -10,13 +10,14 @@ Needs Pillow, fonttools and, unless the packages are already unpacked, `apt-get`
 - unicode-data (Unicode licence): groups, subgroups and order (`emoji/emoji-test.txt`);
 - fonts-noto-cjk (SIL Open Font License 1.1): the face for captions, cut down to the characters that we draw.
 
-What comes out, all of it in `assets/`:
+What comes out:
 
 - `glyphs_<category>.png`: sheets of 64 x 64 px RGBA cells, 16 to a row, in index order. A glyph is trimmed to its opaque
   box, fitted into 64 px with its proportions kept (Lanczos on premultiplied alpha) and centred;
 - `glyphs.json`: format version, and per glyph its character, names, category, subgroup, article, sheet and cell. The
   order is part of the format: `num_glyphs: 64` means the first 64, the hand-picked `CORE`;
-- `captions.otf`: the subset font; `LICENSE.*`: the licence texts as the packages carry them.
+- `captions.otf`, in `vilg/pictures/assets/`: the subset font;
+- `LICENSE.*` beside what they cover: the licence texts as the packages carry them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import shutil
 import subprocess
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
@@ -36,6 +38,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 from vilg.demo.glyphs import ASSETS, CELL, FORMAT_VERSION, SHEET_COLUMNS, article_for
 from vilg.demo.scenes import BACKGROUNDS, caption_characters
 
+FONT_ASSETS = ASSETS.parents[1] / "pictures" / "assets"
 PACKAGES = ("fonts-noto-color-emoji", "unicode-cldr-core", "unicode-data", "fonts-noto-cjk")
 
 # Animals and foods by turns, chosen by eye: one picture to a word, shapes and colours that survive 24 pixels.
@@ -232,25 +235,26 @@ def write_font(root: Path, out: Path, glyphs: list[dict]) -> None:
     face.save(out / "captions.otf")
 
 
-def write_licences(root: Path, out: Path) -> None:
+def write_licences(root: Path, out: Path, packages: Iterable[str]) -> None:
     """Copy each package's licence statement beside the assets made from it."""
-    for package in PACKAGES:
+    for package in packages:
         shutil.copyfile(find_one(root, f"doc/{package}/copyright"), out / f"LICENSE.{package}.txt")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, help="folder with the Debian packages, packed or unpacked")
-    parser.add_argument("--out", type=Path, default=ASSETS, help="where to write (default: vilg/demo/assets)")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    ASSETS.mkdir(exist_ok=True)
+    FONT_ASSETS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         root = unpack_packages(args.packages, Path(work))
-        glyphs = write_glyphs(root, args.out)
-        write_font(root, args.out, glyphs)
-        write_licences(root, args.out)
-    total = sum(file.stat().st_size for file in args.out.iterdir())
-    print(f"{len(glyphs)} glyphs, {len(BACKGROUNDS)} backgrounds, {total / 1e6:.2f} MB in {args.out}")
+        glyphs = write_glyphs(root, ASSETS)
+        write_font(root, FONT_ASSETS, glyphs)
+        write_licences(root, ASSETS, PACKAGES[:3])
+        write_licences(root, FONT_ASSETS, PACKAGES[3:])
+    total = sum(file.stat().st_size for folder in (ASSETS, FONT_ASSETS) for file in folder.iterdir())
+    print(f"{len(glyphs)} glyphs, {len(BACKGROUNDS)} backgrounds, {total / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

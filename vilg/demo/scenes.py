@@ -35,7 +35,8 @@ class Background:
     rgb: tuple[int, int, int]
 
 
-# In stable order: `num_backgrounds` takes the first ones. No two are closer than 60 levels, so that tint cannot mix them.
+# In stable order: `num_backgrounds` takes the first ones. No two lie within 58 levels of each other (Euclidean), so that
+# a tint of up to 16 in each channel (28 levels together) leaves every background nearest to its own name.
 BACKGROUNDS = (
     Background("白色", "white", (244, 244, 244)),
     Background("黑色", "black", (22, 22, 26)),
@@ -67,7 +68,7 @@ class SceneConfig(BaseModel):
     image_size: Literal[32, 48, 64] = Field(32, description="Side of the square picture, pixels.")
     sizes: tuple[int, ...] = Field((20, 24, 28), min_length=1, description="Sides a glyph may be drawn at, pixels.")
     place_step: int = Field(4, ge=0, description="Grid of a glyph's corner, pixels; 0 centres every glyph.")
-    tint: int = Field(8, ge=0, le=24, description="Largest shift of each background channel, levels of 255.")
+    tint: int = Field(8, ge=0, le=16, description="Largest shift of each background channel, levels of 255.")
     two_objects: bool = Field(False, description="Two glyphs, one in each half of the picture, instead of one.")
     held_out_fraction: float = Field(0.25, ge=0, lt=0.5, description="Share of each glyph's backgrounds held out.")
     num_train: int = Field(12_000, ge=1, description="Training scenes.")
@@ -92,9 +93,8 @@ class SceneConfig(BaseModel):
                 "no held-out scenes: raise it, or set num_held_out=0"
             )
         # Balanced dealing gives every background at least this many held-out glyphs; a pair needs two.
-        elif self.two_objects and self.num_glyphs * self.backgrounds_held_out // self.num_backgrounds < 2:
-            if self.num_held_out:
-                problems.append(f"num_glyphs={self.num_glyphs} is too few for held-out pairs; use more glyphs")
+        elif self.two_objects and self.num_held_out and self._glyphs_per_background < 2:
+            problems.append(f"num_glyphs={self.num_glyphs} is too few for held-out pairs; use more glyphs")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -108,6 +108,10 @@ class SceneConfig(BaseModel):
     def backgrounds_held_out(self) -> int:
         """Backgrounds held out from each glyph."""
         return round(self.held_out_fraction * self.num_backgrounds)
+
+    @property
+    def _glyphs_per_background(self) -> int:
+        return self.num_glyphs * self.backgrounds_held_out // self.num_backgrounds
 
     def count(self, split: str) -> int:
         """Number of scenes of a split."""
