@@ -29,15 +29,23 @@ IGNORE = -100  # target value of slots without a loss; torch's cross_entropy def
 
 @dataclass(frozen=True)
 class SequenceSpec:
-    """Sizes of the canonical sequence.
+    """Sizes of the canonical sequence. `grid` is (rows, columns) and may be given as a list, as JSON has it.
 
     The begin-of-image id is `image_vocab_size`: one past the codes, an input only, never predicted.
+    Raises UserError for sizes below one, or a text vocabulary that the special ids alone would fill.
     """
 
     text_slots: int
     grid: tuple[int, int]
     text_vocab_size: int
     image_vocab_size: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "grid", tuple(self.grid))
+        if len(self.grid) != 2 or min(self.text_slots, *self.grid, self.image_vocab_size) < 1:
+            raise UserError(f"{self}: text slots, two sides of the grid and the image vocabulary must all be at least 1")
+        if self.text_vocab_size <= PAD + 1:
+            raise UserError(f"text vocabulary of {self.text_vocab_size} pieces has no room beside the special ids 0..{PAD}")
 
     @property
     def image_slots(self) -> int:
@@ -99,8 +107,10 @@ class Sample:
 def text_to_image(spec: SequenceSpec, text: Sequence[int], codes: np.ndarray) -> Sample:
     """Text is source, image is target. Empty `text` is the unconditional branch of classifier-free guidance.
 
-    Raises UserError if the text has more than T tokens.
+    text: ids without special ones. codes: integers [N] or [H, W].
+    Raises UserError if the text has more than T tokens, or if ids or codes do not fit the vocabularies.
     """
+    _check_text(spec, text)
     text_input = _padded_text(spec, text)
     codes = _checked_codes(spec, codes)
     image_input = np.concatenate([[spec.begin_of_image], codes[:-1]])
@@ -116,8 +126,10 @@ def image_to_text(spec: SequenceSpec, text: Sequence[int], codes: np.ndarray) ->
 def answer(spec: SequenceSpec, question: Sequence[int], text: Sequence[int], codes: np.ndarray) -> Sample:
     """Image and question are source, `text` is target (visual question answering; captioning if no question).
 
-    Raises UserError if question + text + 1 exceeds T.
+    Raises UserError if question + text + 1 exceeds T, or if ids or codes do not fit the vocabularies.
     """
+    _check_text(spec, question)
+    _check_text(spec, text)
     shifted = [*question, BEGIN_OF_TEXT, *text]
     text_target = np.full(spec.text_slots, IGNORE, np.int64)
     text_input = _padded_text(spec, shifted)
@@ -128,7 +140,7 @@ def answer(spec: SequenceSpec, question: Sequence[int], text: Sequence[int], cod
 
 
 def collate(samples: Sequence[Sample]) -> SequenceBatch:
-    """Stack samples of any mix of tasks."""
+    """Stack samples of any mix of tasks (at least one)."""
     arrays = {
         f.name: torch.from_numpy(np.stack([getattr(s, f.name) for s in samples]))
         for f in fields(Sample)
@@ -151,10 +163,27 @@ def _padded_text(spec: SequenceSpec, ids: Sequence[int]) -> np.ndarray:
     return padded
 
 
+def _check_text(spec: SequenceSpec, ids: Sequence[int]) -> None:
+    """An id past the embedding table stops a GPU without saying why; an end token inside a text would cut it short."""
+    if len(ids) == 0:
+        return
+    lowest, highest = min(ids), max(ids)
+    if lowest < 0 or highest >= spec.text_vocab_size:
+        raise UserError(
+            f"text ids span {lowest}..{highest}, outside 0..{spec.text_vocab_size - 1} (tokens.text_vocab_size): "
+            "is it the text model of this run?"
+        )
+    if lowest <= PAD and any(BEGIN_OF_TEXT <= i <= PAD for i in ids):
+        raise UserError(f"text holds the special ids {BEGIN_OF_TEXT}..{PAD}, which belong to the layout alone")
+
+
 def _checked_codes(spec: SequenceSpec, codes: np.ndarray) -> np.ndarray:
-    codes = np.asarray(codes, np.int64).reshape(-1)
-    if codes.size != spec.image_slots:
-        raise UserError(f"{codes.size} image codes, but the grid {spec.grid} has {spec.image_slots} slots")
+    codes = np.asarray(codes)
+    if codes.shape not in ((spec.image_slots,), spec.grid):
+        raise UserError(f"image codes of shape {codes.shape}, but the grid is {spec.grid} ({spec.image_slots} slots)")
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise UserError(f"image codes are {codes.dtype}, not integers")
+    codes = codes.astype(np.int64).reshape(-1)  # a copy: a sample does not change with the caller's array
     if codes.min() < 0 or codes.max() >= spec.image_vocab_size:
         raise UserError(f"image codes span {codes.min()}..{codes.max()}, outside 0..{spec.image_vocab_size - 1}")
     return codes
