@@ -85,6 +85,13 @@ def test_decode_passes_over_special_ids_and_takes_tensors(tokenizer):
     assert tokenizer.decode(np.array(ids, np.uint16)) == "白色背景上的马"
 
 
+def test_pieces_spell_the_text(tokenizer):
+    ids = tokenizer.encode("a horse")
+    assert "".join(tokenizer.piece(i) for i in ids) == "\u2581a\u2581horse"
+    assert not any(tokenizer.is_byte(i) for i in ids)
+    assert all(tokenizer.is_byte(i) for i in tokenizer.encode("한")[1:])  # the first is the space before every text
+
+
 @pytest.mark.parametrize("bad", [-1, 10**6])
 def test_decode_refuses_ids_outside_the_vocabulary(tokenizer, bad):
     with pytest.raises(ValueError, match=f"{bad} is outside the vocabulary"):

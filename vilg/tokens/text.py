@@ -99,6 +99,14 @@ class TextTokenizer:
                 raise ValueError(f"text id {i} is outside the vocabulary of {self.vocab_size} pieces ({self.path})")
         return self._processor.decode([i for i in ids if i >= NUM_SPECIAL])
 
+    def piece(self, token: int) -> str:
+        """The characters a token stands for, with SentencePiece's sign for a space."""
+        return self._processor.id_to_piece(token)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether a token stands for a single UTF-8 byte."""
+        return bool(self._is_byte[token])
+
     def byte_share(self, ids: Iterable[int]) -> float:
         """Share of ids that stand for single bytes, which spell what the vocabulary lacks; 0 for no ids."""
         ids = np.fromiter(ids, np.int64)
