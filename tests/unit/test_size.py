@@ -1,0 +1,115 @@
+"""Counts from the config alone against the built model and against brute force."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.patterns import PATTERNS, dense_mask
+from tests.model_support import SPEC, tiny_config, tiny_model
+from vilg.config.schema import ModelConfig
+from vilg.model import size
+from vilg.model.vilg import Vilg
+from vilg.parallel import layout
+from vilg.tokens.sequence import SequenceSpec
+
+TEN_BILLION = ModelConfig(num_layers=48, hidden_size=4096, num_heads=64)
+TEN_BILLION_SPEC = SequenceSpec(text_slots=64, grid=(32, 32), text_vocab_size=32768, image_vocab_size=8192)
+CONFIGS = {
+    "tiny": (tiny_config(), SPEC),
+    "rmsnorm, qk_norm": (tiny_config(norm="rmsnorm", qk_norm=True, ffn_multiple=3), SPEC),
+    "layernorm, qk_norm, odd grid": (tiny_config(qk_norm=True), SequenceSpec(5, (3, 7), 24, 16)),
+    "10b": (TEN_BILLION, TEN_BILLION_SPEC),
+}
+each_config = pytest.mark.parametrize(("config", "spec"), CONFIGS.values(), ids=CONFIGS)
+
+
+@each_config
+def test_parameters_equal_the_built_models_layer_by_layer(config, spec):
+    model = Vilg(config, spec, device="meta")
+    built = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    assert size.layer_parameters(config, spec) == built
+    assert size.num_parameters(config, spec) == sum(built)
+
+
+@each_config
+def test_split_parameters_follow_the_layout_table(config, spec):
+    layers = Vilg(config, spec, device="meta").layers
+    split = [
+        sum(p.numel() for name, p in layer.named_parameters() if layout.rule_of(f"layers.{i}.{name}").dim is not None)
+        for i, layer in enumerate(layers)
+    ]
+    assert size.split_parameters(config, spec) == split
+
+
+def test_ten_billion_shape_has_its_ten_billion():
+    blocks = 48 * size.block_parameters(TEN_BILLION)
+    assert blocks == pytest.approx(12 * 48 * 4096**2, rel=1e-3)
+    assert 9.9e9 < size.num_parameters(TEN_BILLION, TEN_BILLION_SPEC) < 10.1e9
+
+
+def test_rank_of_a_split_pipeline_holds_what_the_planner_says():
+    bounds = size.stage_bounds(size.layer_costs(TEN_BILLION, TEN_BILLION_SPEC), 4)
+    counts = size.rank_parameters(TEN_BILLION, TEN_BILLION_SPEC, tensor=4, pipeline=4)
+    whole = {name: p.shape for name, p in Vilg(TEN_BILLION, TEN_BILLION_SPEC, device="meta").named_parameters()}
+    for stage, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+        held = 0
+        for name, shape in whole.items():
+            if start <= int(name.split(".")[1]) < stop:
+                held += layout.shard(name, torch.empty(shape, device="meta"), rank=0, size=4).numel()
+        assert counts[stage] == held
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 7), (8, 8), (13, 2)])
+@pytest.mark.parametrize("image_is_target", [0, 1])
+def test_visible_pairs_equal_a_count_of_the_mask(pattern, grid, image_is_target):
+    spec = SequenceSpec(5, grid, 24, 16)
+    length = torch.tensor([5], dtype=torch.int32)
+    direction = torch.tensor([image_is_target], dtype=torch.int32)
+    mask = dense_mask(pattern, grid, 5, length, length * image_is_target, direction, conv_size=5)
+    counted = size.visible_pairs(pattern, spec, image_is_target=bool(image_is_target), conv_size=5)
+    assert counted == int(mask.sum())
+
+
+def test_operations_of_a_dense_model_equal_torchs_count():
+    # Attention without a mask, so that the counter sees all S * S pairs.
+    config = tiny_config(attention="dense", hidden_size=32)
+    model = tiny_model(config)
+    with FlopCounterMode(display=False) as counter:
+        hidden = torch.randn(1, SPEC.num_slots, 32)
+        for block in model.blocks:
+            hidden = block(hidden, lambda q, k, v, pattern: (q @ k.transpose(2, 3)).softmax(-1) @ v)
+        model.heads(hidden)
+    pairs = size.visible_pairs("dense", SPEC, image_is_target=True)
+    all_pairs = 4 * 32 * (SPEC.num_slots**2 - pairs) * config.num_layers
+    assert counter.get_total_flops() == sum(size.layer_costs(config, SPEC)) + all_pairs
+    assert size.sequence_flops(config, SPEC) == 3 * sum(size.layer_costs(config, SPEC))
+
+
+def test_operations_per_token_of_the_ten_billion_model_match_the_papers_arithmetic():
+    # 6 P + 12 L h s per token with full attention (paper.md 1.7: 6.12e10 at s = 1088).
+    dense = TEN_BILLION.model_copy(update={"attention": "dense"})
+    per_token = size.sequence_flops(dense, TEN_BILLION_SPEC, image_is_target=False) / TEN_BILLION_SPEC.num_slots
+    assert per_token == pytest.approx(6.12e10, rel=0.02)
+
+
+def test_stages_are_cut_where_the_dearest_is_cheapest():
+    for costs in ([0, 4, 4, 4, 4, 1], [0, 3, 9, 2, 2, 7, 5], [5] * 6, [0, 1, 1, 1, 20]):
+        for stages in range(1, len(costs) + 1):
+            bounds = size.stage_bounds(costs, stages)
+            assert bounds[0] == 0 and bounds[-1] == len(costs) and sorted(set(bounds)) == list(bounds)
+            cuts = ((0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), stages - 1))
+            dearest = [max(sum(costs[a:b]) for a, b in zip(cut, cut[1:])) for cut in cuts]
+            assert max(sum(costs[a:b]) for a, b in zip(bounds, bounds[1:])) == min(dearest)
+    with pytest.raises(ValueError, match="3 layers cannot fill 4 pipeline stages"):
+        size.stage_bounds([1, 1, 1], 4)
+
+
+def test_training_state_is_sixteen_bytes_a_parameter_in_bf16_and_shared_by_stage():
+    assert size.state_bytes(1000, precision="bf16", zero_stage=0, data_size=4).total == 16_000
+    assert size.state_bytes(1000, precision="fp32", zero_stage=0, data_size=4).total == 16_000
+    assert size.state_bytes(1000, precision="bf16", zero_stage=1, data_size=4) == size.StateBytes(2000, 2000, 3000)
+    assert size.state_bytes(1000, precision="bf16", zero_stage=2, data_size=4) == size.StateBytes(2000, 500, 3000)
+    assert size.state_bytes(1000, precision="bf16", zero_stage=3, data_size=4) == size.StateBytes(500, 500, 3000)

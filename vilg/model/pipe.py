@@ -1,0 +1,167 @@
+"""The model's one list of layers as DeepSpeed pipeline stages: the same layers, parameter names and initial weights.
+
+What travels between layers, and so between stages, is a tuple of tensors:
+
+    into Embed        text_input [B, T], image_input [B, N], text_len, text_prefix, image_is_target [B], dropout_seeds [B]
+    between blocks    hidden [B, S, C],                       text_len, text_prefix, image_is_target [B], dropout_seeds [B]
+    out of Heads      text_logits [B, T, Vt], image_logits [B, N, Vi]
+    labels            text_target [B, T], image_target [B, N], scales fp32 [2]
+
+Only `hidden` is floating, so only its gradient is sent back. Importing this module imports DeepSpeed (seconds); nothing
+else does. DeepSpeed's settings that this needs: ZeRO 0 or 1; `pipeline.use_reentrant: false` with activation
+checkpointing, because the inputs of the first stage are integers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from vilg.config.schema import ModelConfig
+from vilg.model.attention import SparseAttend
+from vilg.model.block import Block
+from vilg.model.embed import Embed
+from vilg.model.heads import Heads
+from vilg.model.loss import direction_losses
+from vilg.model.size import layer_costs, stage_bounds
+from vilg.model.vilg import fill_parameters, layer_list
+from vilg.parallel import layout
+from vilg.parallel.grid import Grid
+from vilg.parallel.ops import Group
+from vilg.tokens.sequence import SequenceBatch, SequenceSpec
+
+Tensors = tuple[Tensor, ...]
+
+
+class SharedAttend:
+    """One attention plan per micro-batch for all blocks of a stage: the last one is kept while its tensors are the same."""
+
+    def __init__(self, grid: tuple[int, int], conv_size: int):
+        self.grid, self.conv_size = grid, conv_size
+        self.samples: Tensors = ()
+        self.attend: SparseAttend | None = None
+
+    def of(self, *samples: Tensor) -> SparseAttend:
+        """`SparseAttend` of text_len, text_prefix, image_is_target."""
+        if self.attend is None or any(a is not b for a, b in zip(samples, self.samples)):
+            self.samples, self.attend = samples, SparseAttend(self.grid, *samples, conv_size=self.conv_size)
+        return self.attend
+
+
+class PipeEmbed(Embed):
+    """Embed between tuples."""
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        text_input, image_input, text_len, text_prefix, image_is_target, dropout_seeds = inputs
+        hidden = super().forward(text_input, image_input, text_prefix, image_is_target)
+        return hidden, text_len, text_prefix, image_is_target, dropout_seeds
+
+
+class PipeBlock(Block):
+    """Block between tuples."""
+
+    def __init__(self, *, shared_attend: SharedAttend, **arguments):
+        super().__init__(**arguments)
+        self.shared_attend = shared_attend
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        hidden, *samples, dropout_seeds = inputs
+        hidden = super().forward(hidden, self.shared_attend.of(*samples), dropout_seeds)
+        return hidden, *samples, dropout_seeds
+
+
+class PipeHeads(Heads):
+    """Heads behind a tuple."""
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        return super().forward(inputs[0])
+
+
+class PipeLoss:
+    """Loss of one micro-batch on the last stage: scales[0] * text sum + scales[1] * image sum, times `factor`.
+
+    factor: micro-batches * data size, which undoes DeepSpeed's averaging over both; `train_batch` then returns, and
+    gradients are those of, the sum over the global batch. `sums` adds up both directions' cross entropy, fp64 [2] on
+    this rank, until `take_sums`.
+    """
+
+    def __init__(self, *, group: Group, factor: int):
+        self.group, self.factor = group, factor
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def __call__(self, logits: Tensors, labels: Tensors) -> Tensor:
+        text_target, image_target, scales = labels
+        sums = torch.stack(direction_losses(*logits, text_target, image_target, group=self.group))
+        self.sums = self.sums.to(sums.device) + sums.detach()
+        return (sums * scales).sum() * self.factor
+
+    def take_sums(self) -> Tensor:
+        """Sums since the last call; zero on all stages but the last."""
+        sums, self.sums = self.sums, torch.zeros_like(self.sums)
+        return sums
+
+
+class VilgPipe(PipelineModule):
+    """This rank's stage. Parameters are named `layers.<index>....` as in `Vilg`, and are NaN until filled.
+
+    factor: see `PipeLoss`, which is `self.loss_fn`. activation_checkpoint_interval: layers per recomputed stretch, 0 for
+    none. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
+    """
+
+    def __init__(
+        self, config: ModelConfig, spec: SequenceSpec, *, grid: Grid, factor: int,
+        activation_checkpoint_interval: int = 0, device=None, dtype=None,
+    ):  # fmt: skip
+        # Attributes that the base class needs while it builds; modules may only be set after nn.Module.__init__.
+        object.__setattr__(self, "bounds", stage_bounds(layer_costs(config, spec), grid.pipeline_size))
+        super().__init__(
+            layers=layer_specs(config, spec, grid=grid, device=device, dtype=dtype),
+            topology=PipeModelDataParallelTopology(
+                num_pp=grid.pipeline_size, num_mp=grid.tensor_size, num_dp=grid.data_size
+            ),
+            loss_fn=PipeLoss(group=grid.tensor_group, factor=factor),
+            activation_checkpoint_interval=activation_checkpoint_interval,
+        )
+        self.config, self.spec, self.grid = config, spec, grid
+        layout.mark_parameters(self, size=grid.tensor_size)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Layers go under `layers`, so that parameters have the names of `Vilg`."""
+        if not name.isdigit():
+            return super().add_module(name, module)
+        if "layers" not in self._modules:
+            super().add_module("layers", nn.ModuleDict())
+        self.layers[name] = module
+
+    def _partition_layers(self, method: str = "cost") -> None:
+        # DeepSpeed's own methods count layers, or build every layer on every rank to count parameters.
+        self.parts = list(self.bounds)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def reset_parameters(self, seed: int) -> None:
+        """Fill this stage's parameters with the initial weights of run seed `seed`: those that `Vilg` would have."""
+        fill_parameters(self, self.config, seed, grid=self.grid)
+
+
+def layer_specs(
+    config: ModelConfig, spec: SequenceSpec, *, grid: Grid, device=None, dtype=None
+) -> list[LayerSpec]:
+    """The one list of layers, each to be built by the stage that holds it."""
+    shared_attend = SharedAttend(spec.grid, config.conv_size)
+    forms = {Embed: (PipeEmbed, {}), Block: (PipeBlock, dict(shared_attend=shared_attend)), Heads: (PipeHeads, {})}
+    specs = []
+    for layer, arguments in layer_list(config, spec, grid=grid, device=device, dtype=dtype):
+        form, more = forms[layer]
+        specs.append(LayerSpec(form, **arguments, **more))
+    return specs
+
+
+def pipe_inputs(
+    batch: SequenceBatch, *, dropout_seeds: Tensor, scales: Sequence[float]
+) -> tuple[Tensors, Tensors]:
+    """(inputs, labels) of one micro-batch for DeepSpeed's data iterator; scales as in `PipeLoss`, [text, image]."""
+    labels = (batch.text_target, batch.image_target, torch.tensor(scales, dtype=torch.float32))
+    return (*batch.inputs(), dropout_seeds), labels

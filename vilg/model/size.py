@@ -1,0 +1,173 @@
+"""Parameters, floating-point operations and bytes of a model, from its config alone.
+
+A matrix product of [m, k] with [k, n] counts 2 m k n operations; norms, softmax, GELU and embeddings are not counted.
+Per sequence and forward pass (Megatron-LM 2104.04473, appendix; PaLM 2204.02311, appendix B):
+
+    2 * (weights of all matrices) * (slots they act on)  +  4 * C * (visible pairs), summed over layers
+
+The second term is q k^T and p v over all heads. It counts the pairs that the pattern lets see each other, the work that
+a perfect sparse kernel does, with full text segments. Backward is twice the forward.
+Legend: C hidden, T text slots, N image slots, S = T + N, L layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from vilg.config.schema import ModelConfig
+from vilg.model.attention import layer_patterns
+from vilg.tokens.sequence import SequenceSpec
+
+BACKWARD_FACTOR = 2  # one product for the gradient of the input, one for that of the weights
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Parameters of one block: four matrices with biases, two norms, and two per head channel with qk_norm."""
+    hidden, wide = config.hidden_size, config.ffn_multiple * config.hidden_size
+    matrices = 4 * hidden * hidden + 2 * hidden * wide
+    biases = 3 * hidden + hidden + wide + hidden
+    qk_norms = 2 * (hidden // config.num_heads) if config.qk_norm else 0
+    return matrices + biases + 2 * _norm_parameters(config) + qk_norms
+
+
+def embedding_parameters(config: ModelConfig, spec: SequenceSpec) -> int:
+    """Both tables, text positions, image rows and columns, begin-of-image, four segments."""
+    rows = spec.text_vocab_size + spec.image_vocab_size + spec.text_slots + sum(spec.grid) + 1 + 4
+    return rows * config.hidden_size
+
+
+def head_parameters(config: ModelConfig, spec: SequenceSpec) -> int:
+    """Final norm and the two output matrices."""
+    return _norm_parameters(config) + (spec.text_vocab_size + spec.image_vocab_size) * config.hidden_size
+
+
+def layer_parameters(config: ModelConfig, spec: SequenceSpec) -> list[int]:
+    """Parameters of every layer of `vilg.layer_list`: Embed, blocks, Heads."""
+    blocks = [block_parameters(config)] * config.num_layers
+    return [embedding_parameters(config, spec), *blocks, head_parameters(config, spec)]
+
+
+def split_parameters(config: ModelConfig, spec: SequenceSpec) -> list[int]:
+    """Of every layer, the parameters that tensor parallelism cuts (parallel/layout.py); the rest is on every rank."""
+    hidden, wide = config.hidden_size, config.ffn_multiple * config.hidden_size
+    block = 4 * hidden * hidden + 2 * hidden * wide + 3 * hidden + wide
+    vocabularies = (spec.text_vocab_size + spec.image_vocab_size) * hidden
+    return [vocabularies, *[block] * config.num_layers, vocabularies]
+
+
+def num_parameters(config: ModelConfig, spec: SequenceSpec) -> int:
+    """Parameters of the whole model."""
+    return sum(layer_parameters(config, spec))
+
+
+def visible_pairs(pattern: str, spec: SequenceSpec, *, image_is_target: bool, conv_size: int = 11) -> int:
+    """(query, key) pairs of one sequence whose text fills all T slots: all source, or all target."""
+    text, (rows, columns) = spec.text_slots, spec.grid
+    image = rows * columns
+    if image_is_target:
+        text_pairs = text * text + image * text
+    else:
+        text_pairs = text * (text + 1) // 2 + text * image
+    if pattern == "row":
+        joined = rows * columns**2
+    elif pattern == "column":
+        joined = columns * rows**2
+    elif pattern == "row_wrap":
+        joined = _band(image, columns)
+    elif pattern == "conv":
+        joined = _band(rows, conv_size // 2) * _band(columns, conv_size // 2)
+    elif pattern == "dense":
+        joined = image**2
+    else:
+        raise ValueError(f"pattern={pattern!r} is unknown")
+    # Windows are symmetric, so the causal half holds (joined - image) / 2 pairs and every slot itself.
+    return text_pairs + ((joined + image) // 2 if image_is_target else joined)
+
+
+def layer_costs(config: ModelConfig, spec: SequenceSpec, *, image_is_target: bool = True) -> list[int]:
+    """Forward operations of one sequence in every layer of `vilg.layer_list`; Embed has none."""
+    hidden = config.hidden_size
+    weights = (4 + 2 * config.ffn_multiple) * hidden * hidden
+    blocks = [
+        2 * weights * spec.num_slots
+        + 4 * hidden * visible_pairs(pattern, spec, image_is_target=image_is_target, conv_size=config.conv_size)
+        for pattern in layer_patterns(config)
+    ]
+    heads = 2 * hidden * (spec.text_slots * spec.text_vocab_size + spec.image_slots * spec.image_vocab_size)
+    return [0, *blocks, heads]
+
+
+def sequence_flops(config: ModelConfig, spec: SequenceSpec, *, image_is_target: bool = True) -> int:
+    """Operations of one sequence, forward and backward, without recomputation: the numerator of MFU."""
+    return (1 + BACKWARD_FACTOR) * sum(layer_costs(config, spec, image_is_target=image_is_target))
+
+
+def stage_bounds(costs: Sequence[int], stages: int) -> tuple[int, ...]:
+    """Cut layers into `stages` contiguous stages, none empty, whose dearest is as cheap as possible.
+
+    Stage s holds layers bounds[s] .. bounds[s + 1] - 1. Among equal cuts the earlier stages are the longer ones.
+    Raises ValueError for more stages than layers.
+    """
+    count = len(costs)
+    if not 1 <= stages <= count:
+        raise ValueError(f"{count} layers cannot fill {stages} pipeline stages; use at most {count}")
+    total = [0, *accumulate(costs)]
+    best = {(count, 0): (0, ())}  # (first layer, stages left) -> (dearest stage, bounds after first)
+    for left in range(1, stages + 1):
+        for first in range(count - left, -1, -1):
+            options = []
+            for stop in range(count - left + 1, first, -1):
+                if (stop, left - 1) in best:
+                    dearest, rest = best[stop, left - 1]
+                    options.append((max(total[stop] - total[first], dearest), (stop, *rest)))
+            if options:
+                best[first, left] = min(options, key=lambda option: option[0])
+    return (0, *best[0, stages][1])
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that one rank holds throughout training: weights and gradients in the step's precision, and the optimizer's
+    state, with fp32 master weights where the step's precision is lower. Activations and buffers are not in it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(parameters: int, *, precision: str, zero_stage: int, data_size: int) -> StateBytes:
+    """Training state of one rank that holds `parameters` before ZeRO (1910.02054, figure 1, with Adam: 2 + 2 + 12 bytes).
+
+    ZeRO 1 shares the optimizer's state among the data ranks, 2 the gradients as well, 3 the weights as well.
+    """
+    small = 4 if precision == "fp32" else 2
+    optimizer = 8 if precision == "fp32" else 12
+
+    def held(bytes_each: int, from_stage: int) -> int:
+        return bytes_each * (-(-parameters // data_size) if zero_stage >= from_stage else parameters)
+
+    return StateBytes(weights=held(small, 3), gradients=held(small, 2), optimizer=held(optimizer, 1))
+
+
+def rank_parameters(
+    config: ModelConfig, spec: SequenceSpec, *, tensor: int = 1, pipeline: int = 1
+) -> list[int]:
+    """Parameters on a rank of each pipeline stage, before ZeRO. Raises ValueError as `stage_bounds` does."""
+    bounds = stage_bounds(layer_costs(config, spec), pipeline)
+    whole, split = layer_parameters(config, spec), split_parameters(config, spec)
+    local = [w - s + s // tensor for w, s in zip(whole, split)]
+    return [sum(local[start:stop]) for start, stop in zip(bounds, bounds[1:])]
+
+
+def _norm_parameters(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.norm == "layernorm" else 1)
+
+
+def _band(length: int, reach: int) -> int:
+    """Pairs (i, j) of 0 .. length - 1 with |i - j| <= reach."""
+    reach = min(reach, length - 1)
+    return length * (2 * reach + 1) - reach * (reach + 1)
