@@ -1,10 +1,14 @@
 """Small token shards and stand-ins for the tokenizers, shared by the data tests."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from vilg.config.schema import DataConfig
 from vilg.data.fields import encode_codes
@@ -48,3 +52,41 @@ def make_shards(
 
 def data_config(folder: Path, **changes: object) -> DataConfig:
     return DataConfig(**{"train": folder, **changes})
+
+
+class Averages:
+    """An image tokenizer: the mean brightness of each patch is its code."""
+
+    vocab_size, factor, image_size = CODES, 4, 8
+    hash = "hash-of-averages"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        means = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), self.factor)[:, 0]
+        return ((means + 1) / 2 * (self.vocab_size - 1)).round().long()
+
+
+def picture(number: int, *, size: tuple[int, int] = (8, 8), format: str = "PNG") -> bytes:
+    """An image file whose pixels depend on `number`."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+def make_raw(
+    folder: Path, sizes: list[int], edit: Callable[[int, dict[str, bytes]], dict[str, bytes]] = lambda _, f: f
+) -> Path:
+    """Raw shards in img2dataset's form; `edit(number, fields)` may spoil single samples."""
+    number = 0
+    for i, size in enumerate(sizes):
+        with ShardWriter(folder / f"{i:05d}.tar") as writer:
+            for j in range(size):
+                meta = json.dumps({"url": f"https://example.org/{number}", "width": 8})
+                fields = {"png": picture(number), "txt": f"caption {number}".encode(), "json": meta.encode()}
+                writer.write(f"{i:05d}{j:04d}", edit(number, fields))
+                number += 1
+    return folder

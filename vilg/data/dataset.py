@@ -171,7 +171,7 @@ class TokenDataset:
             raise ShardError(path, f"holds {len(index)} samples, the manifest says {entry.samples}")
         try:
             index.save(saved)
-        except OSError:  # read-only data and no index folder of our own: slower, not wrong
+        except (UserError, OSError):  # read-only data and no index folder of our own: slower, not wrong
             self._indices[number] = index
         return index
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -13,6 +14,11 @@ class BadField(ValueError):
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason = reason
+
+
+def describe(error: Exception) -> str:
+    """An error's text without memory addresses (Pillow prints one), so that equal faults give equal records."""
+    return re.sub(r" <[^<>]* at 0x[0-9a-f]+>", "", str(error))
 
 
 @lru_cache(maxsize=8)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from vilg.errors import UserError
+from vilg.tokens.files import write_atomically
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -132,12 +133,5 @@ def read_json(path: Path, *, missing: str) -> object:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON under a temporary name, flush it to disk, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(data, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write JSON under a temporary name, flush it to disk, then rename. Raises UserError if the place is not writable."""
+    write_atomically(path, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))

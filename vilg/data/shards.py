@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from vilg.data.tar import ByteSource, Member, ShardError, members, pread_all
+from vilg.tokens.files import write_atomically
 
 TOKEN_FIELDS = ("img.npy", "txt", "json")
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
@@ -44,7 +45,7 @@ class ShardIndex:
         return len(self.table)
 
     def save(self, path: Path) -> None:
-        """Write under a temporary name, then rename."""
+        """Write under a temporary name, then rename. Raises UserError if the place is not writable."""
         header = {
             "format_version": INDEX_VERSION,
             "bytes": self.bytes,
@@ -54,14 +55,7 @@ class ShardIndex:
             "samples": len(self.table),
             "dtype": self.table.dtype.str,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(json.dumps(header).encode().ljust(_INDEX_HEADER - 1) + b"\n")
-            file.write(self.table.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(header).encode().ljust(_INDEX_HEADER - 1) + b"\n" + self.table.tobytes())
 
     @staticmethod
     def load(path: Path) -> "ShardIndex":
@@ -147,7 +141,7 @@ def index_shard(
     first: Member | None = None
 
     def close() -> None:
-        if current is not None and first is not None:
+        if first is not None:
             if any(row[1::2]):
                 rows.append(row)
             else:
@@ -167,11 +161,11 @@ def index_shard(
                 close()
                 if key in seen:
                     fault("the key comes twice, or its members are interleaved with another sample's", member, key)
-                    current = None
+                    current, first = key, None
                     continue
                 seen.add(key)
                 current, first, row = key, member, [member.start, *[0] * (2 * len(fields))]
-            if field in column:
+            if field in column and first is not None:  # else: a member of a sample that is left out
                 at = column[field]
                 if row[at]:
                     fault(f"field {field!r} comes twice", member, key)

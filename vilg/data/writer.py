@@ -39,8 +39,12 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            self.discard()
+
+    def discard(self) -> None:
+        """Give the shard up and remove the temporary file."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
     def write(self, key: str, fields: Mapping[str, bytes]) -> None:
         """Append a sample: one member `key.field` for each field, in the given order."""
