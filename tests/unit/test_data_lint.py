@@ -43,6 +43,10 @@ def test_faults_are_printed_and_give_exit_code_1(folder, capsys):
     assert "00001.tar: is in the manifest, but: No such file" in capsys.readouterr().out
 
 
+def cut(folder: Path, length: int) -> None:
+    (folder / "00000.tar").write_bytes((folder / "00000.tar").read_bytes()[:length])
+
+
 def flip(folder: Path, at: int) -> None:
     data = bytearray((folder / "00000.tar").read_bytes())
     data[at] ^= 1
@@ -52,8 +56,8 @@ def flip(folder: Path, at: int) -> None:
 @pytest.mark.parametrize(
     "spoil, fast, expected",
     [
-        (lambda d: (d / "00000.tar").write_bytes((d / "00000.tar").read_bytes()[:3000]), True, "has 3000 bytes"),
-        (lambda d: (d / "00000.tar").write_bytes((d / "00000.tar").read_bytes()[:3000]), False, r"00000\.tar: byte \d+"),
+        (lambda d: cut(d, 3000), True, "has 3000 bytes"),
+        (lambda d: cut(d, 3000), False, r"00000\.tar: byte \d+"),
         (lambda d: flip(d, 3), False, "00000.tar: byte 0 header checksum"),
         (lambda d: flip(d, 3), True, "replaced or changed"),
         (lambda d: flip(d, 700), False, "SHA-256 is"),
@@ -138,7 +142,7 @@ def test_manifest_survives_saving_and_its_hash_covers_everything(folder):
         ({"num_samples": 8}, "num_samples is 8, but the shards add up to 7"),
         ({"image_vocab_size": 70_000}, "image_vocab_size 70000"),
         ({"extra": 1}, "unknown key 'extra'"),
-        ({"shards": [{"name": "../x.tar", "samples": 7, "bytes": 1, "sha256": ""}]}, "shard name .* is not a plain file name"),
+        ({"shards": [{"name": "../x.tar", "samples": 7, "bytes": 1, "sha256": ""}]}, "shard name .* is not a plain"),
         ({"shards": {}}, "shards is not a list"),
     ],
 )

@@ -165,7 +165,8 @@ def test_a_damaged_header_never_shortens_a_shard_silently(tmp_path):
 
 def test_grouping_faults_are_collected_where_asked(tmp_path):
     path = tmp_path / "x.tar"
-    path.write_bytes(tar_bytes([*samples("a"), ("x.y.txt", b""), *samples("b"), *samples("a"), ("z.bin", b""), *samples("c")]))
+    dotted, useless = ("x.y.txt", b""), ("z.bin", b"")
+    path.write_bytes(tar_bytes([*samples("a"), dotted, *samples("b"), *samples("a"), useless, *samples("c")]))
     faults: list[ShardError] = []
     index = index_shard(path, TOKEN_FIELDS, on_fault=faults.append)
     assert len(index) == 3

@@ -9,7 +9,8 @@ import pytest
 from tests.unit.data_support import Averages, make_raw, picture
 from vilg.data.loader import TokenDataset
 from vilg.data.manifest import Manifest
-from vilg.data.tokenize import Record, tokenize
+from vilg.data.records import Record
+from vilg.data.tokenize import tokenize
 from vilg.errors import UserError
 from vilg.tokens.vqgan.images import decode_image, to_float
 

@@ -1,7 +1,11 @@
 """The loader: the same global batches under every layout, exact resume, bounded and layout-free replacement."""
 
+import io
 import json
+import multiprocessing
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +53,6 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _object_array() -> bytes:
-    import io
-
     file = io.BytesIO()
     np.save(file, np.array([{"pickled": 1}] * 6, object), allow_pickle=True)
     return file.getvalue()
@@ -110,6 +112,23 @@ def test_workers_do_not_change_batches_nor_torchs_random_state(spoilt, tmp_path)
     assert_same(found, expected)
     assert served.state == plain.state and served.bad_samples == plain.bad_samples
     assert (tmp_path / "served.jsonl").read_text() == (tmp_path / "plain.jsonl").read_text()
+
+
+def test_workers_outlive_the_signals_that_ask_the_trainer_to_stop(folder):
+    expected, _ = global_steps(folder, 12)
+    steps = iter(loader(folder, workers=1))
+    found = [next(steps)[0]]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    found += [next(steps)[0] for _ in range(11)]
+    assert_same([{k: v.numpy() for k, v in vars(batch).items()} for batch in found], expected)
+    workers = multiprocessing.active_children()
+    assert workers
+    steps.close()
+    for worker in workers:
+        worker.join(timeout=30)
+        assert not worker.is_alive()
 
 
 @pytest.mark.parametrize("ranks, micro", [(1, 4), (2, 3), (3, 4), (6, 1)])

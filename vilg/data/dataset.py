@@ -91,7 +91,7 @@ class TokenDataset:
         if spec.image_vocab_size != manifest.image_vocab_size:
             raise UserError(
                 f"tokens.image_vocab_size={spec.image_vocab_size}, but {where} was made with "
-                f"{manifest.image_vocab_size} codes; set tokens.image_vocab_size to that, or use another image tokenizer"
+                f"{manifest.image_vocab_size} codes; set it to that, or use another image tokenizer"
             )
         if image_tokenizer_hash is not None and image_tokenizer_hash != manifest.image_tokenizer:
             raise UserError(
@@ -165,7 +165,7 @@ class TokenDataset:
         path = self.folder / entry.name
         found = file_sha256(path)
         if found != entry.sha256:
-            raise ShardError(path, f"has SHA-256 {found[:12]}, the manifest says {entry.sha256[:12]}: damaged or replaced")
+            raise ShardError(path, f"has SHA-256 {found}, the manifest says {entry.sha256}: damaged or replaced")
         index = index_shard(path, TOKEN_FIELDS, sha256=found)
         if len(index) != entry.samples:
             raise ShardError(path, f"holds {len(index)} samples, the manifest says {entry.samples}")

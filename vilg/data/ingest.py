@@ -1,9 +1,9 @@
-"""`vilg data ingest`: pairs from several places -> raw shards in img2dataset's form, with a report of what was left out.
+"""`vilg data ingest`: pairs from several places -> raw shards in img2dataset's form, and a report of what was left out.
 
-Sources: folders of img2dataset shards, single `.tar` files, or folders of images (searched deeply) with `NAME.txt` beside
-`NAME.jpg|png|webp`. Images are copied byte for byte. Keys are numbered anew (five digits of the shard, then the place in
-it), since keys of two downloads collide; `ingested_from` in the JSON says where a sample came from. The same sources give
-the same bytes.
+Sources: folders of img2dataset shards, single `.tar` files, or folders of images (searched deeply) with `NAME.txt`
+beside `NAME.jpg|png|webp`. Images are copied byte for byte. Keys are numbered anew (five digits of the shard, then the
+place in it), since keys of two downloads collide; `ingested_from` in the JSON says where a sample came from. The same
+sources give the same bytes.
 """
 
 import argparse
@@ -124,8 +124,8 @@ def _check(sample: Found) -> tuple[str, bytes, dict]:
     image = sample.fields[image_field]
     decode_image(image, _PROBE_SIZE)
     with Image.open(io.BytesIO(image)) as header:
-        width, height = header.size
-    return image_field, caption.encode("utf-8", "replace"), {"caption": caption, "width": width, "height": height} | meta
+        meta = {"caption": caption, "width": header.width, "height": header.height} | meta
+    return image_field, caption.encode("utf-8", "replace"), meta
 
 
 def _source(source: Path) -> Iterator[Found]:
@@ -161,9 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vilg data ingest",
         description="Collect image-text pairs into raw shards; pairs that cannot be used are counted and left out.",
     )
-    parser.add_argument(
-        "sources", nargs="+", type=Path, help="folder of img2dataset shards, .tar file, or folder of images with .txt beside"
-    )
+    sources = "folder of img2dataset shards, .tar file, or folder of images with .txt beside"
+    parser.add_argument("sources", nargs="+", type=Path, help=sources)
     parser.add_argument("--out", type=Path, required=True, help="folder for raw shards and the report ingest.json")
     parser.add_argument("--samples-per-shard", type=int, default=10_000, help="pairs in a shard")
     options = parser.parse_args(argv)

@@ -21,9 +21,9 @@ from vilg.data.tar import ShardError
 def lint(folder: Path, *, fast: bool = False, progress: bool = True) -> Iterator[str]:
     """Yield one line per fault of the token shards in `folder`.
 
-    Checks the manifest, sizes, SHA-256, tar structure, grouping, and of every sample codes (dtype, shape, range), JSON and
-    captions (UTF-8, not blank). fast: manifest, sizes, saved indices and quick fingerprints only; where a shard has no
-    saved index its headers are walked. Raises UserError if there is no readable manifest.
+    Checks the manifest, sizes, SHA-256, tar structure, grouping, and of every sample codes (dtype, shape, range), JSON
+    and captions (UTF-8, not blank). fast: manifest, sizes, saved indices and quick fingerprints only; where a shard has
+    no saved index its headers are walked. Raises UserError if there is no readable manifest.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)

@@ -1,13 +1,14 @@
 """Token shards -> the micro-batches of each optimizer step, the same under every layout, resumable exactly.
 
-Global sample index g counts through the whole run: step s holds g = s * global_size .. (s + 1) * global_size - 1, and g is
-the sample at position g % num_samples of epoch g // num_samples. Element i of a step goes to data rank r, micro-batch j,
-place p with i = (j * data_size + r) * micro_size + p. Order, direction, caption choice and caption dropout depend on
-(seed, purpose, g) only, so ranks, workers, micro-batches and restarts cannot change what is trained on.
+Global sample index g counts through the whole run: step s holds g = s * global_size .. (s + 1) * global_size - 1, and
+g is the sample at position g % num_samples of epoch g // num_samples. Element i of a step goes to data rank r,
+micro-batch j, place p with i = (j * data_size + r) * micro_size + p. Order, direction, caption choice and caption dropout depend
+on (seed, purpose, g) only, so ranks, workers, micro-batches and restarts cannot change what is trained on.
 """
 
 import json
 import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -133,8 +134,8 @@ class Loader:
             return 0
         if state.manifest_hash != dataset.manifest_hash:
             raise UserError(
-                f"the checkpoint was trained on data with manifest {state.manifest_hash[:12]}, but {dataset.folder} has "
-                f"{dataset.manifest_hash[:12]}; set data.train to the same shards, or start a new run"
+                f"the checkpoint was trained on data with manifest {state.manifest_hash[:12]}, but {dataset.folder} "
+                f"has {dataset.manifest_hash[:12]}; set data.train to the same shards, or start a new run"
             )
         if state.seed != self._seed:
             raise UserError(f"the checkpoint was trained with seed={state.seed}, the recipe has seed={self._seed}")
@@ -157,6 +158,7 @@ class Loader:
             prefetch_factor=_PREFETCH_STEPS,
             multiprocessing_context=context,
             collate_fn=_same,
+            worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator(),
         )
 
@@ -203,6 +205,13 @@ class _Starts:
         while True:
             yield first
             first += self.global_size
+
+
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Ctrl-C and SLURM's TERM reach every process of a job; the trainer decides when to stop and then ends its workers,
+    which otherwise would be gone before the last step and its checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _same(item: StepData) -> StepData:

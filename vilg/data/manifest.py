@@ -133,5 +133,5 @@ def read_json(path: Path, *, missing: str) -> object:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON under a temporary name, flush it to disk, then rename. Raises UserError if the place is not writable."""
+    """Write JSON under a temporary name, then rename. Raises UserError if the place is not writable."""
     write_atomically(path, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))

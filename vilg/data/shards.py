@@ -1,7 +1,7 @@
 """Shards with random access: samples grouped by key, an index of byte ranges, and a reader by `pread`.
 
-A sample is a run of neighbouring members with one key. webdataset's rule splits a name: the key is the directory and the
-base name up to its first dot, the field is the rest in lower case (`a/01.img.npy` -> key `a/01`, field `img.npy`).
+A sample is a run of neighbouring members with one key. webdataset's rule splits a name: the key is the directory and
+the base name up to its first dot, the field is the rest in lower case (`a/01.img.npy` -> key `a/01`, field `img.npy`).
 webdataset would therefore merge `cat.1.jpg` and `cat.2.jpg` into one sample `cat`; here a key with dots is an error.
 
 The index is a file of one JSON line and one array [samples, 1 + 2 * fields] of uint32 (uint64 from 4 GiB): start of the
@@ -59,7 +59,7 @@ class ShardIndex:
 
     @staticmethod
     def load(path: Path) -> "ShardIndex":
-        """Read with the table mapped, not copied. Raises ShardError if the file is not a whole index of this version."""
+        """Read with the table mapped, not copied. Raises ShardError if this is no whole index of our version."""
         try:
             with open(path, "rb") as file:
                 header = json.loads(file.read(_INDEX_HEADER))
@@ -123,8 +123,8 @@ def index_shard(
 
     sha256: of the file where the caller knows it, else computed by reading the file once. Members with other fields are
     left alone (they are never opened). Raises ShardError at the first fault; with `on_fault`, faults of grouping (a key
-    that comes twice, a field given twice, a key with dots, a sample with none of the fields) are handed over instead and
-    the member or sample is left out, while a broken archive still raises: nothing behind the break can be trusted.
+    that comes twice, a field given twice, a key with dots, a sample with none of the fields) are handed over instead
+    and the member or sample is left out; a broken archive still raises: nothing behind the break can be trusted.
     """
 
     def fault(message: str, member: Member, key: str | None = None) -> None:
@@ -155,7 +155,7 @@ def index_shard(
                 continue
             key, field = split
             if field not in column and any(field.endswith("." + known) for known in column):
-                fault(f"member {member.name!r} has a key with a dot; webdataset would read key {key!r}: rename it", member)
+                fault(f"member {member.name!r} has a key with a dot; webdataset would read {key!r}: rename it", member)
                 continue
             if key != current:
                 close()

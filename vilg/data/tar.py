@@ -149,9 +149,8 @@ def members(source: ByteSource, start: int = 0) -> Iterator[Member]:
             raise ShardError(shard, f"member {name!r} is {what}; only regular files are read", byte=position)
         data_end = position + BLOCK + padded(size)
         if data_end > source.size:
-            raise ShardError(
-                shard, f"member {name!r} of {size} bytes reaches {data_end}, beyond the file's {source.size}", byte=position
-            )
+            what = f"member {name!r} of {size} bytes reaches {data_end}, beyond the file's {source.size}"
+            raise ShardError(shard, what, byte=position)
         yield Member(_safe_name(shard, name, position), begin, position + BLOCK, size)
         position = data_end
 
@@ -166,7 +165,8 @@ def _check_checksum(shard: Path, header: bytes, position: int) -> None:
     unsigned = sum(header) - sum(header[148:156]) + 8 * 32
     # Some old writers summed signed bytes; the two differ only where a byte exceeds 127.
     if stored != unsigned and stored != unsigned - 256 * sum(b > 127 for b in header[:148] + header[156:]):
-        raise ShardError(shard, f"header checksum is {stored}, the block's bytes give {unsigned}: damaged", byte=position)
+        what = f"header checksum is {stored}, the block's bytes give {unsigned}: damaged"
+        raise ShardError(shard, what, byte=position)
 
 
 def _number(shard: Path, field: bytes, position: int, what: str) -> int:

@@ -5,8 +5,9 @@ Each raw shard becomes one token shard of the same name. An image goes through `
 encoded in fp32. Batches never cross shards, so a shard's bytes depend on the raw shard, the tokenizer, the image size
 and the batch size only.
 
-A job may be killed at any moment: a shard gets its name when it is whole, `records/NAME.json` follows, and whoever starts
-the same command again continues behind the last record. `job.json` refuses to mix two tokenizers or sizes in a folder.
+A job may be killed at any moment: a shard gets its name when it is whole, `records/NAME.json` follows, and whoever
+starts the same command again continues behind the last record. `job.json` refuses to mix two tokenizers or sizes
+in a folder.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -25,14 +26,14 @@ from tqdm import tqdm
 
 from vilg.data.dataset import INDEX_FOLDER, index_path
 from vilg.data.fields import BadField, decode_captions, decode_meta, describe, encode_codes
-from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry, read_json, write_json
+from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry
+from vilg.data.records import FORMAT_VERSION, Record, Rejected, claim, finished, record_path
 from vilg.data.shards import IMAGE_FIELDS, RAW_FIELDS, TOKEN_FIELDS, ShardIndex, ShardReader, index_shard
 from vilg.data.writer import ShardWriter
 from vilg.errors import UserError
 from vilg.tokens.raw import raw_shards
 from vilg.tokens.vqgan.images import BadImage, decode_image, to_float
 
-FORMAT_VERSION = 1
 _FEW = 20  # bad samples that never stop a job, however small it is
 _LINE_SECONDS = 10  # between progress lines where there is no terminal
 
@@ -46,39 +47,6 @@ class ImageEncoder(Protocol):
     hash: str
 
     def encode(self, images: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A raw sample that has no place in the token shards."""
-
-    shard: str
-    key: str
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """A finished shard: its manifest entry, the fingerprint of the raw shard it came from, and what was left out."""
-
-    entry: ShardEntry
-    source: str
-    rejected: tuple[Rejected, ...]
-
-    def save(self, path: Path) -> None:
-        write_json(path, {"format_version": FORMAT_VERSION, **asdict(self)})
-
-    @staticmethod
-    def load(path: Path) -> "Record":
-        data = read_json(path, missing="the record of a finished shard")
-        try:
-            if data["format_version"] != FORMAT_VERSION:
-                raise UserError(f"{path}: format_version {data['format_version']!r} is unknown; expected {FORMAT_VERSION}")
-            rejected = tuple(Rejected(**item) for item in data["rejected"])
-            return Record(ShardEntry(**data["entry"]), data["source"], rejected)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is no record of a shard ({error!r}); delete it, the shard will be made again") from None
 
 
 def tokenize(
@@ -105,7 +73,7 @@ def tokenize(
             f"use {max(1, size // image_tokenizer.factor) * image_tokenizer.factor}"
         )
     if image_tokenizer.vocab_size > 1 << 16:
-        raise UserError(f"the image tokenizer has {image_tokenizer.vocab_size} codes; token shards hold uint16: 65536 at most")
+        raise UserError(f"the image tokenizer has {image_tokenizer.vocab_size} codes; token shards hold 65536 at most")
     shards = raw_shards(Path(raw))
     side = size // image_tokenizer.factor
     job = {
@@ -115,12 +83,12 @@ def tokenize(
         "image_size": size,
         "batch_size": batch_size,
     }
-    _claim(out, job, [shard.name for shard in shards])
+    claim(out, job, [shard.name for shard in shards])
     indices = [index_shard(shard, RAW_FIELDS, sha256="") for shard in shards]
     bar = _Progress(sum(len(index) for index in indices), enabled=progress)
     records = []
     for shard, index in zip(shards, indices, strict=True):
-        record = _finished(out, shard, index)
+        record = finished(out, shard, index)
         if record is not None:
             bar.skip(len(index))
         else:
@@ -136,40 +104,6 @@ def tokenize(
         raise UserError(f"{raw}: not one usable sample in {len(shards)} shards")
     manifest.save(out)
     return manifest
-
-
-def _claim(out: Path, job: dict, names: list[str]) -> None:
-    """Write job.json, or check that the one there describes this job and that no strange shard lies in `out`."""
-    path = out / "job.json"
-    if path.exists():
-        found = read_json(path, missing="")
-        for key, value in job.items():
-            there = found.get(key) if isinstance(found, dict) else None
-            if there != value:
-                raise UserError(f"{out} holds shards made with {key} {there!r}, now it is {value!r}; use another --out")
-    strange = sorted({shard.name for shard in out.glob("*.tar")} - set(names))
-    if strange:
-        raise UserError(f"{out} already holds {strange[0]}, which the raw shards do not; use another --out")
-    if not path.exists() and (out / FILE_NAME).exists():
-        raise UserError(f"{out} already holds a data set; use another --out")
-    write_json(path, job)
-
-
-def _record_path(out: Path, shard_name: str) -> Path:
-    return out / "records" / f"{shard_name}.json"
-
-
-def _finished(out: Path, shard: Path, index: ShardIndex) -> Record | None:
-    """The record of a shard that an earlier start finished; UserError if its raw shard has changed since."""
-    path = _record_path(out, shard.name)
-    if not path.exists():
-        return None
-    record = Record.load(path)
-    if record.source != index.fingerprint:
-        raise UserError(f"{shard} has changed since {out / shard.name} was made from it; use another --out")
-    token_shard = out / shard.name
-    whole = token_shard.exists() and token_shard.stat().st_size == record.entry.bytes
-    return record if whole else None
 
 
 def _tokenize_shard(
@@ -193,7 +127,7 @@ def _tokenize_shard(
     token_index = index_shard(writer.path, TOKEN_FIELDS, sha256=writer.sha256)
     token_index.save(index_path(out / INDEX_FOLDER, shard.name))
     record = Record(entry, index.fingerprint, tuple(rejected))
-    record.save(_record_path(out, shard.name))
+    record.save(record_path(out, shard.name))
     return record
 
 
@@ -235,8 +169,8 @@ def _check_bad(records: list[Record], max_bad_fraction: float) -> None:
         examples = "; ".join(f"{r.shard} key {r.key!r}: {r.detail}" for r in rejected[-3:])
         raise UserError(
             f"{len(rejected)} of the first {seen} samples cannot be used, more than --max-bad-fraction "
-            f"{max_bad_fraction} allows. The last ones: {examples}. Filter the data with `vilg data ingest`, or raise it; "
-            "finished shards are kept"
+            f"{max_bad_fraction} allows. The last ones: {examples}. Filter the data with `vilg data ingest`, or raise "
+            "it; finished shards are kept"
         )
 
 
@@ -281,10 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="vilg data tokenize",
         description="Encode raw image-text shards into token shards. Started again, it continues where it was stopped.",
     )
-    parser.add_argument("raw", type=Path, help="folder of raw shards (key.jpg|png|webp, key.txt, key.json), or one .tar")
+    parser.add_argument("raw", type=Path, help="folder of raw shards (key.jpg|png|webp, .txt, .json), or one .tar")
     parser.add_argument("--image-model", type=Path, required=True, help="folder of the image tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for token shards and manifest.json")
-    parser.add_argument("--image-size", type=int, help="side in pixels (default: what the image tokenizer was trained on)")
+    parser.add_argument("--image-size", type=int, help="side in pixels (default: that of the image tokenizer)")
     parser.add_argument("--batch-size", type=int, default=64, help="images per encoder call")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="share of bad samples that stops the job")
@@ -304,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_bad_fraction=options.max_bad_fraction,
     )
     rejected = [
-        asdict(item) for e in manifest.shards for item in Record.load(_record_path(options.out, e.name)).rejected
+        asdict(item) for e in manifest.shards for item in Record.load(record_path(options.out, e.name)).rejected
     ]
     summary = {
         "samples": manifest.num_samples,
