@@ -44,9 +44,9 @@ def probe_batch(spec: SequenceSpec) -> SequenceBatch:
 
 
 @torch.no_grad()
-def compute_probes(model: Vilg) -> Probes:
-    """Run the probe batch through a model as it stands; every tensor rank must call it."""
-    inputs = probe_batch(model.spec)
+def compute_probes(model: Vilg, inputs: SequenceBatch | None = None) -> Probes:
+    """Run the probe batch (or stored inputs) through a model as it stands; every tensor rank must call it."""
+    inputs = inputs or probe_batch(model.spec)
     first = next(model.parameters())
     training = model.training
     model.eval()

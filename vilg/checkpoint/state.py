@@ -8,13 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vilg import __version__
 from vilg.errors import UserError
 
 STATE_FILE = "run_state.json"
 STATE_VERSION = 1
 # Nothing of the generators' state need be stored: every random choice is a pure function of these.
 RANDOMNESS = "every random choice is a function of (seed, purpose, step or global sample index)"
-_PACKAGES = ("vilg", "torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
+_PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_state(checkpoint: Path) -> RunState:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "vilg": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
