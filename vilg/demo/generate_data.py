@@ -6,9 +6,9 @@
     out/{train,seen,held_out}/NNNNN.tar         samples of three files: key.png, key.txt (the caption), key.json
     out/{train,seen,held_out}/NNNNN_stats.json  img2dataset's counts of the shard
 
-`key.json` holds img2dataset's fields and ours (captions in both languages, glyphs, background, sizes, places). Two things
-differ from a real download: there is no NNNNN.parquet (it repeats the JSON, and would drag in pyarrow), and the stats'
-duration is 0, since the same configuration must give the same bytes.
+`key.json` holds img2dataset's fields and ours (captions in both languages, glyphs, background, sizes, places). Two
+things differ from a real download: there is no NNNNN.parquet (it repeats the JSON, and would drag in pyarrow), and the
+stats' times are 0, since the same configuration must give the same bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_raw(
     index = _describe(config, samples_per_shard)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         if not (out_dir / INDEX_NAME).is_file():
-            raise UserError(f"{out_dir} exists and is not demo data (no {INDEX_NAME}); name another folder or remove it")
+            raise UserError(f"{out_dir} is not empty and not demo data (no {INDEX_NAME}); name another folder")
         if _read_index(out_dir) != index:
             raise UserError(
                 f"{out_dir} holds demo data of another configuration: {_difference(_read_index(out_dir), index)}. "
@@ -79,7 +79,7 @@ def write_raw(
 
 
 def read_scenes(out_dir: str | Path) -> SceneConfig:
-    """The configuration that the demo data in `out_dir` was made with; UserError when it is none or of a newer format."""
+    """The configuration that the demo data in `out_dir` was made with; UserError when there is none to read."""
     return SceneConfig(**_read_index(Path(out_dir))["config"])
 
 

@@ -1,4 +1,4 @@
-"""The emoji pictures that the demo composes scenes from, with their names (see `make_assets.py` for where they come from).
+"""The emoji pictures that the demo composes scenes from, with their names (`make_assets.py` says where they come from).
 
 Shapes: G glyphs, S side of a drawn glyph in pixels.
 """
@@ -23,8 +23,8 @@ SHEET_COLUMNS = 16
 
 # Names that English leaves without an article: plurals and masses, by their last word.
 _NO_ARTICLE = frozenset(
-    "grapes cherries blueberries peanuts beans pancakes fries noodles chopsticks glasses sunglasses goggles jeans gloves "
-    "socks shorts scissors bubbles books chains skis fireworks sparkles stars shoes bags dolls notes headphones "
+    "grapes cherries blueberries peanuts beans pancakes fries noodles chopsticks glasses sunglasses goggles jeans "
+    "gloves socks shorts scissors bubbles books chains skis fireworks sparkles stars shoes bags dolls notes headphones "
     "bread baguette flatbread garlic bacon popcorn salt sushi rice spaghetti oden honey custard cheese chocolate candy "
     "sake ice soap yarn thread mail money broccoli food butter milk tea corn falafel bento mate lacrosse hockey tennis "
     "bowling badminton pong coral fog fire confetti luggage prints tickets beads knobs".split()
@@ -67,10 +67,11 @@ class Glyph:
 def _index() -> dict:
     path = ASSETS / "glyphs.json"
     index = json.loads(path.read_text(encoding="utf-8"))
-    if index.get("format_version") != FORMAT_VERSION:
+    version = index.get("format_version")
+    if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version {index.get('format_version')!r} is unknown; this vilg reads version {FORMAT_VERSION}. "
-            "Reinstall vilg, or run `python -m vilg.demo.make_assets`."
+            f"{path}: format_version {version!r} is unknown; this vilg reads version {FORMAT_VERSION}. Reinstall "
+            "vilg, or run `python -m vilg.demo.make_assets`."
         )
     return index
 

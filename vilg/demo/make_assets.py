@@ -12,8 +12,8 @@ Needs Pillow, fonttools and, unless the packages are already unpacked, `apt-get`
 
 What comes out:
 
-- `glyphs_<category>.png`: sheets of 64 x 64 px RGBA cells, 16 to a row, in index order. A glyph is trimmed to its opaque
-  box, fitted into 64 px with its proportions kept (Lanczos on premultiplied alpha) and centred;
+- `glyphs_<category>.png`: sheets of 64 x 64 px RGBA cells, 16 to a row, in index order. A glyph is trimmed to its
+  opaque box, fitted into 64 px with its proportions kept (Lanczos on premultiplied alpha) and centred;
 - `glyphs.json`: format version, and per glyph its character, names, category, subgroup, article, sheet and cell. The
   order is part of the format: `num_glyphs: 64` means the first 64, the hand-picked `CORE`;
 - `captions.otf`, in `vilg/pictures/assets/`: the subset font;
@@ -56,7 +56,7 @@ SUBGROUPS = {
     "objects": "dishware clothing sound music musical-instrument phone computer light & video book-paper money mail "
     "writing office lock tool science household sport game arts & crafts event award-medal hotel time",
 }
-# Weapons and vices; signs rather than things; twins of another glyph; names that do not name the thing shown; clock faces.
+# Weapons and vices; signs, not things; twins of another glyph; names that do not name what is shown; clock faces.
 LEFT_OUT = (
     set("💣🗡⚔🔪🔫🎰💴💵💶💷🩲👙")
     | set("♠♥♦♣🃏🀄🎴🚥🚦🚏🛑🚧🔇🔈🔉🔊🔕⚡📧📨🔗📑🎭")
@@ -76,7 +76,7 @@ SHEET_TEXT = (
 
 
 def unpack_packages(packages: Path | None, work: Path) -> Path:
-    """Return a folder that holds the unpacked packages: `packages` itself where they are unpacked, else under `work`."""
+    """A folder with the unpacked packages: `packages` itself if they are unpacked there, else one under `work`."""
     if packages is not None and any(packages.rglob("NotoColorEmoji.ttf")):
         return packages
     if packages is None:
@@ -242,6 +242,7 @@ def write_licences(root: Path, out: Path, packages: Iterable[str]) -> None:
 
 
 def main() -> None:
+    """Fetch or find the packages and write every asset."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, help="folder with the Debian packages, packed or unpacked")
     args = parser.parse_args()

@@ -35,8 +35,8 @@ class Background:
     rgb: tuple[int, int, int]
 
 
-# In stable order: `num_backgrounds` takes the first ones. No two lie within 58 levels of each other (Euclidean), so that
-# a tint of up to 16 in each channel (28 levels together) leaves every background nearest to its own name.
+# In stable order: `num_backgrounds` takes the first ones. No two lie within 58 levels of each other (Euclidean), so
+# that a tint of up to 16 in each channel (28 levels together) leaves every background nearest to its own name.
 BACKGROUNDS = (
     Background("白色", "white", (244, 244, 244)),
     Background("黑色", "black", (22, 22, 26)),
@@ -89,8 +89,8 @@ class SceneConfig(BaseModel):
             problems.append(f"sizes={list(self.sizes)} names a size twice")
         if self.num_held_out and not self.backgrounds_held_out:
             problems.append(
-                f"held_out_fraction={self.held_out_fraction} of {self.num_backgrounds} backgrounds is none, so there are "
-                "no held-out scenes: raise it, or set num_held_out=0"
+                f"held_out_fraction={self.held_out_fraction} of {self.num_backgrounds} backgrounds is none, so there "
+                "are no held-out scenes: raise it, or set num_held_out=0"
             )
         # Balanced dealing gives every background at least this many held-out glyphs; a pair needs two.
         elif self.two_objects and self.num_held_out and self._glyphs_per_background < 2:
@@ -220,7 +220,7 @@ def _round(config: SceneConfig, split: str, number: int) -> tuple[tuple[int, int
 
 
 def places_for(config: SceneConfig, size: int) -> list[tuple[int, int]]:
-    """Corners (x, y) within its frame that a glyph of side `size` may take; multiples of `place_step`, or the centre."""
+    """Corners (x, y) within its frame that a glyph of side `size` may take: multiples of `place_step`, or centred."""
     free = (config.frame_width - size, config.image_size - size)
     if config.place_step == 0:
         return [(free[0] // 2, free[1] // 2)]

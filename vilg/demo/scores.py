@@ -76,8 +76,8 @@ def scene_scores(
 
     Returns:
         `glyph_recall`: share of objects whose nearest glyph is theirs, in their place; `background_accuracy`;
-        `scene_exact`: share of pictures with every glyph and the background right; `margin`: mean over objects, levels of
-        255; `images`: B.
+        `scene_exact`: share of pictures with every glyph and the background right; `margin`: mean over objects, levels
+        of 255; `images`: B.
     """
     if len(images) != len(scenes) or not len(scenes):
         raise ValueError(f"{len(images)} images for {len(scenes)} scenes; give one for each, and at least one")

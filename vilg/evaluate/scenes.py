@@ -1,7 +1,7 @@
 """Nearest scene in pixel space: what does a picture show, told without any network?
 
-Candidates are all composites of one of G glyphs, drawn in one of K ways (sizes, places), on one of C plain colours. With
-a layer's premultiplied colour `a` and transparency `w` a composite is `a + w * color`, so its squared distance to picture x
+Candidates are all composites of one of G glyphs, drawn in one of K ways (sizes, places), on one of C plain colours.
+With a layer's premultiplied colour `a` and transparency `w` a composite is `a + w c`; its squared distance to picture x
 
     |x - a - w c|^2 = |x - a|^2 - 2 sum_ch c_ch <x - a, w>_ch + |c|^2 <w, w>
 
@@ -33,8 +33,7 @@ class CompositeMatcher:
     """Finds the nearest composite.
 
     Args:
-        layers: for each glyph its drawings, uint8 [K, H, W, 4], premultiplied by alpha; K may differ. An iterable, since
-            the drawings of all glyphs together are large: only sums over them are kept beside float32 copies.
+        layers: for each glyph its drawings, uint8 [K, H, W, 4], premultiplied by alpha; K may differ.
         colors: uint8 [C, 3].
     """
 
@@ -46,7 +45,7 @@ class CompositeMatcher:
             raise ValueError(f"{len(self._glyphs)} glyphs: a nearest one needs two or more")
 
     def _prepare(self, layers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """uint8 [K, H, W, 4] -> colours [3P, K], transparency [P, K], and the part of the distance without x, [K, C]."""
+        """uint8 [K, H, W, 4] -> colours [3P, K], transparency [P, K], and the distance's part without x, [K, C]."""
         self.frame = layers.shape[1:3]
         flat = layers.reshape(len(layers), -1, 4).astype(np.float32) / 255  # [K, P, 4]
         alpha = flat[..., 3:]

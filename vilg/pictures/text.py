@@ -75,7 +75,9 @@ class Face:
                     lines[-1] = lines[-1].rstrip()
                     lines.append("")
                     continue
-                fits = max(1, sum(self.width(unit[:end]) <= width for end in range(1, len(unit) + 1)))
+                fits = 1
+                while self.width(unit[: fits + 1]) <= width:
+                    fits += 1
                 lines[-1], unit = unit[:fits], unit[fits:]
                 lines.append("")
             lines[-1] += unit
