@@ -52,7 +52,7 @@ def prepare_image(image: Image.Image, size: int) -> np.ndarray:
     image = image.convert("RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.array(image)
 
 
 def to_float(images: np.ndarray | Tensor) -> Tensor:

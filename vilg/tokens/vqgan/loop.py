@@ -58,6 +58,7 @@ class Progress:
         self._since = time.monotonic()
 
     def add(self, loss: Tensor, output: Tensor, images: Tensor, codes: Tensor) -> None:
+        """Count one step of this rank."""
         error = (output.detach() - images).square().mean()
         self._sums += torch.stack([loss.detach(), error, torch.ones_like(error)]).double()
         self._counts += torch.bincount(codes.flatten(), minlength=self._counts.numel())
@@ -121,7 +122,7 @@ def train(recipe: ImageTokenizerRecipe, data: ImageData, out: Path, place: Place
         loss.backward()
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), config.grad_clip)
         if not torch.isfinite(norm):
-            raise UserError(f"step {step + 1}: loss {float(loss):.4g}, gradient {float(norm):.4g}: diverged; lower train.lr")
+            raise UserError(f"step {step + 1}: loss {loss.item():.4g}, gradient {norm.item():.4g}: diverged; lower train.lr")
         optimizer.step()
         progress.add(loss, output, images, codes)
         done = step + 1

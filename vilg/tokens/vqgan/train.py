@@ -32,19 +32,18 @@ METRICS_VERSION = 1
 def is_finished(out: Path, recipe: ImageTokenizerRecipe, fingerprint: str) -> bool:
     """Whether `out` already holds what this recipe makes of this data.
 
-    Raises UserError if it holds a tokenizer of another recipe or of other data, or something that is none.
+    Raises UserError if it holds a tokenizer of another recipe or of other data.
     """
-    if (out / "config.json").exists():
-        read_description(out)
     try:
         metrics = json.loads((out / "metrics.json").read_text())
     except FileNotFoundError:
         return False
     except ValueError as error:
         raise UserError(f"{out / 'metrics.json'}: not JSON: {error}; remove it, or choose another --out") from error
-    if metrics.get("recipe") == recipe.model_dump(mode="json") and metrics.get("data") == fingerprint:
+    same_recipe = metrics.get("recipe") == recipe.model_dump(mode="json")
+    if same_recipe and metrics.get("data") == fingerprint:
         return True
-    what = "other data" if metrics.get("recipe") == recipe.model_dump(mode="json") else "another recipe"
+    what = "other data" if same_recipe else "another recipe"
     raise UserError(f"{out}: holds a finished tokenizer of {what}; choose another --out, or replace it with --overwrite")
 
 
@@ -137,20 +136,23 @@ def main(argv: list[str] | None = None) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if recipe.train.batch_size % world_size:
         raise UserError(f"train.batch_size={recipe.train.batch_size} is not a multiple of the {world_size} processes")
+    leads = os.environ.get("RANK", "0") == "0"
+    if (options.out / "config.json").exists():
+        read_description(options.out)  # refuses to write over a folder of another kind, --overwrite or not
     if not options.overwrite and is_finished(options.out, recipe, data_fingerprint(options.data)):
-        if os.environ.get("RANK", "0") == "0":
+        if leads:
             print(f"{options.out}: finished before with this recipe and data; nothing to do")
         return 0
     torch.set_num_threads(options.threads)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    with joined(options.device) as place:
-        try:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if leads else logging.ERROR)
+    try:
+        with joined(options.device) as place:
             metrics = run(recipe, options.data, options.out, place, workers=options.workers)
-        except KeyboardInterrupt:
-            if place.leads:
-                print("interrupted: no tokenizer was written; the same command starts the training anew", file=sys.stderr)
-            os._exit(130)  # the other processes are interrupted as well: no barrier with them
-    if place.leads:
+    except KeyboardInterrupt:
+        if leads:
+            print("interrupted: no tokenizer was written; the same command starts the training anew", file=sys.stderr)
+        return 130
+    if leads:
         print(
             f"{options.out}: held-back images: psnr {metrics['psnr_db']:.2f} dB, codes used {metrics['codebook_used']} of "
             f"{metrics['codebook_size']}, perplexity {metrics['perplexity']:.0f}; {metrics['seconds']:.0f} s"
