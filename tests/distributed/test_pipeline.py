@@ -15,7 +15,7 @@ from vilg.parallel.grid import Grid
 from vilg.parallel.rng import sequence_seeds
 from vilg.tokens.sequence import SequenceBatch
 
-STEPS, MICRO_BATCHES, LR = 4, 3, 0.05
+STEPS, MICRO_BATCHES, LR = 3, 3, 0.05
 SCALES = (0.02, 0.01)  # weight / target tokens of the global batch, in a real run
 MICRO_SIZE = 7
 
@@ -60,19 +60,19 @@ def deepspeed_without_compiling():
     return deepspeed
 
 
-def pipeline(rank, world_size, config, tensor, stages, sequence_parallel, zero_stage, checkpoint_interval):
+def pipeline(rank, world_size, config, tensor, stages, sequence_parallel, checkpoint_interval):
     """This rank's coordinates, history and weights, from DeepSpeed's pipeline engine."""
     deepspeed = deepspeed_without_compiling()
-    from vilg.model.pipe import VilgPipe, pipe_inputs
+    from vilg.model.pipe import DEEPSPEED_SETTINGS, VilgPipe, pipe_inputs
 
     grid = Grid.build(tensor=tensor, pipeline=stages, sequence_parallel=sequence_parallel)
     settings = {
         "train_micro_batch_size_per_gpu": MICRO_SIZE,
         "gradient_accumulation_steps": MICRO_BATCHES,
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 1e9,  # so that the norm is computed
-        "pipeline": {"use_reentrant": False},
+        "pipeline": DEEPSPEED_SETTINGS,
         "steps_per_print": 10_000,
     }
     with contextlib.redirect_stdout(io.StringIO()):
@@ -100,20 +100,19 @@ def pipeline(rank, world_size, config, tensor, stages, sequence_parallel, zero_s
 
 
 CASES = {
-    "2 stages, ZeRO 1": (2, tiny_config(qk_norm=True), 1, 2, False, 1, 0),
-    "2 stages, recomputed, dropout": (2, tiny_config(dropout=0.2), 1, 2, False, 1, 1),
-    "tensor 2 x 2 stages, slots split": (4, tiny_config(attention="dense"), 2, 2, True, 1, 0),
-    "2 stages x data 2": (4, tiny_config(), 1, 2, False, 1, 0),
+    "2 stages, recomputed, dropout": (2, tiny_config(dropout=0.2, qk_norm=True), 1, 2, False, 1),
+    "tensor 2 x 2 stages, slots split": (4, tiny_config(attention="dense"), 2, 2, True, 0),
+    "2 stages x data 2": (4, tiny_config(), 1, 2, False, 0),
 }
 
 
 @pytest.mark.parametrize(
-    ("world_size", "config", "tensor", "stages", "sequence_parallel", "zero_stage", "interval"), CASES.values(), ids=CASES
+    ("world_size", "config", "tensor", "stages", "sequence_parallel", "interval"), CASES.values(), ids=CASES
 )
 def test_pipeline_has_the_losses_gradient_norms_and_weights_of_one_process(
-    world_size, config, tensor, stages, sequence_parallel, zero_stage, interval
+    world_size, config, tensor, stages, sequence_parallel, interval
 ):
-    arguments = (config, tensor, stages, sequence_parallel, zero_stage, interval)
+    arguments = (config, tensor, stages, sequence_parallel, interval)
     ranks = run_distributed(world_size, pipeline, arguments)
     wanted, weights = one_process(config, world_size // (tensor * stages))
     assert wanted[0][0] > wanted[-1][0]  # it learns, so that later steps test the updates

@@ -8,8 +8,7 @@ What travels between layers, and so between stages, is a tuple of tensors:
     labels            text_target [B, T], image_target [B, N], scales fp32 [2]
 
 Only `hidden` is floating, so only its gradient is sent back. Importing this module imports DeepSpeed (seconds); nothing
-else does. DeepSpeed's settings that this needs: ZeRO 0 or 1; `pipeline.use_reentrant: false` with activation
-checkpointing, because the inputs of the first stage are integers.
+else does. DeepSpeed runs it with ZeRO 0 or 1 only.
 """
 
 from collections.abc import Sequence
@@ -33,6 +32,11 @@ from vilg.parallel.ops import Group
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 
 Tensors = tuple[Tensor, ...]
+
+# The "pipeline" section of the DeepSpeed config. Reentrant checkpointing fails on integer inputs. Partitioned transfers
+# (DeepSpeed's default under tensor parallelism) take `hidden` to be the same on all tensor ranks, which with sequence
+# parallelism it is not: the loss would be wrong without an error.
+DEEPSPEED_SETTINGS = {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False}
 
 
 class SharedAttend:
@@ -104,7 +108,8 @@ class PipeLoss:
 
 
 class VilgPipe(PipelineModule):
-    """This rank's stage. Parameters are named `layers.<index>....` as in `Vilg`, and are NaN until filled.
+    """This rank's stage, for `deepspeed.initialize` with `DEEPSPEED_SETTINGS`. Parameters have the names of `Vilg` and are
+    NaN until filled. Stages are cut by the layers' operations (`size.stage_bounds`).
 
     factor: see `PipeLoss`, which is `self.loss_fn`. activation_checkpoint_interval: layers per recomputed stretch, 0 for
     none. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
