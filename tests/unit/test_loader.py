@@ -6,6 +6,9 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +132,41 @@ def test_workers_outlive_the_signals_that_ask_the_trainer_to_stop(folder):
     for worker in workers:
         worker.join(timeout=30)
         assert not worker.is_alive()
+
+
+KILLED_TRAINER = """
+import multiprocessing, sys, time
+from pathlib import Path
+from tests.unit.test_loader import loader
+
+if __name__ == "__main__":
+    steps = iter(loader(Path(sys.argv[1]), workers=1))
+    next(steps)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_killed_trainer(folder, tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(KILLED_TRAINER)
+    command, environment = [sys.executable, script, folder], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as trainer:
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]
+        trainer.kill()
+    assert workers
+    deadline = time.monotonic() + 60
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives its trainer"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 @pytest.mark.parametrize("ranks, micro", [(1, 4), (2, 3), (3, 4), (6, 1)])

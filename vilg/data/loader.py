@@ -2,13 +2,15 @@
 
 Global sample index g counts through the whole run: step s holds g = s * global_size .. (s + 1) * global_size - 1, and
 g is the sample at position g % num_samples of epoch g // num_samples. Element i of a step goes to data rank r,
-micro-batch j, place p with i = (j * data_size + r) * micro_size + p. Order, direction, caption choice and caption dropout depend
-on (seed, purpose, g) only, so ranks, workers, micro-batches and restarts cannot change what is trained on.
+micro-batch j, place p with i = (j * data_size + r) * micro_size + p. Order, direction, caption choice and caption
+dropout depend on (seed, purpose, g) only, so ranks, workers, micro-batches and restarts cannot change what is trained on.
 """
 
 import json
 import multiprocessing
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -158,7 +160,7 @@ class Loader:
             prefetch_factor=_PREFETCH_STEPS,
             multiprocessing_context=context,
             collate_fn=_same,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),
         )
 
@@ -207,11 +209,21 @@ class _Starts:
             first += self.global_size
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """Ctrl-C and SLURM's TERM reach every process of a job; the trainer decides when to stop and then ends its workers,
-    which otherwise would be gone before the last step and its checkpoint."""
+def _start_worker(_worker: int) -> None:
+    """Tie a worker's life to the trainer's and to nothing else.
+
+    Ctrl-C and SLURM's TERM reach every process of a job; the trainer decides when to stop and then ends its workers,
+    which otherwise would be gone before the last step and its checkpoint. A trainer killed outright cannot end them,
+    and torch's own watchdog looks at the fork server, which lives as long as they do: they watch the trainer themselves.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _same(item: StepData) -> StepData:
