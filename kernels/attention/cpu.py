@@ -76,6 +76,10 @@ def cpu_plan(
     longest, source = (int(t.max()) if text_slots else 0 for t in (text_len, text_prefix))
     any_source_image = bool((image_is_target == 0).any())
     stop = text_slots + view.num_slots
+    device = text_len.device
+
+    def slots(first: int, last: int) -> torch.Tensor:
+        return torch.arange(first, last, device=device)
 
     def bias_of(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         mask = dense_mask(
@@ -87,11 +91,11 @@ def cpu_plan(
             mask = mask[:1]
         if bool(mask.all()):
             return None
-        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))[:, None]
+        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, float("-inf"))[:, None]
 
     def band(start: int, end: int, text_keys: int, key_start: int, key_stop: int) -> Band:
-        keys = torch.cat([torch.arange(text_keys), torch.arange(key_start, key_stop)])
-        return Band(start, end, text_keys, key_start, key_stop, bias_of(torch.arange(start, end), keys))
+        keys = torch.cat([slots(0, text_keys), slots(key_start, key_stop)])
+        return Band(start, end, text_keys, key_start, key_stop, bias_of(slots(start, end), keys))
 
     pieces: list[Band | Lines] = []
     whole = stop <= WHOLE_SLOTS
@@ -102,8 +106,8 @@ def cpu_plan(
     if not whole and pattern in ("row", "column"):
         columns = pattern == "column"
         num_lines, length = (grid[1], grid[0]) if columns else grid
-        line = text_slots + torch.arange(length) * (grid[1] if columns else 1)  # the first line stands for all
-        bias = bias_of(line, torch.cat([torch.arange(source), line]))
+        line = text_slots + slots(0, length) * (grid[1] if columns else 1)  # the first line stands for all
+        bias = bias_of(line, torch.cat([slots(0, source), line]))
         pieces.append(Lines(columns, num_lines, length, source, None if bias is None else bias[:, :, None]))
     elif not whole:
         for first in range(0, view.num_slots, BAND_QUERIES):
@@ -115,7 +119,7 @@ def cpu_plan(
             )
     padding = None
     if text_slots and int(text_len.min()) < text_slots:
-        padding = (torch.arange(text_slots) >= text_len[:, None])[:, None, :, None]
+        padding = (slots(0, text_slots) >= text_len[:, None])[:, None, :, None]
     return CpuPlan(text_slots, tuple(pieces), padding)
 
 

@@ -5,7 +5,10 @@ Legend: B samples, H heads, T text slots, N = H_img * W_img image slots, S = T +
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -13,6 +16,7 @@ from kernels.attention.cpu import CpuPlan, cpu_attention, cpu_plan
 from kernels.patterns import check_grid, window
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TRITON_CHANNELS = (32, 64, 80, 128)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,44 @@ class AttentionPlan:
     text_len: torch.Tensor
     text_prefix: torch.Tensor
     image_is_target: torch.Tensor
-    torch_plan: CpuPlan
+    torch_plan: CpuPlan | None  # None where the Triton kernels run: they need no preparation
+
+
+def can_run_triton(q: torch.Tensor, *, raise_error: bool = False) -> bool:
+    """Do the Triton kernels run for a tensor like `q`? If not, the reason is warned of once (CUDA) or raised.
+
+    They need a CUDA device of capability 8.0 or more, Triton, fp32, bf16 or fp16, and 32, 64, 80 or 128 channels.
+    CPU tensors take the CPU path by design, without a warning.
+    """
+    reason = None
+    if not q.is_cuda:
+        reason = f"q is on {q.device}; the Triton kernels need a CUDA device"
+    elif q.dtype == torch.float64:
+        reason = "q is float64; the Triton kernels take float32, bfloat16 and float16"
+    elif q.shape[-1] not in TRITON_CHANNELS:
+        reason = f"q has {q.shape[-1]} channels a head; the Triton kernels take 32, 64, 80 and 128"
+    else:
+        reason = _device_reason(q.device)
+    if reason and raise_error:
+        raise ValueError(reason)
+    if reason and q.is_cuda:
+        _warn_once(reason)
+    return reason is None
+
+
+@lru_cache(maxsize=64)
+def _device_reason(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; install it with pip install triton"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"{device} has compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 or more"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"sparse attention runs in plain torch, slowly: {reason}", stacklevel=3)
 
 
 def attention_plan(
@@ -44,6 +85,7 @@ def attention_plan(
 
     `text_slots` = T; `text_len`, `text_prefix`, `image_is_target`: int32 [B] on one device (meaning: `sparse_attention`).
     `dtype` is that of q, k, v (another one works, at the price of converting a mask in every call).
+    The values are read here (on a GPU: one synchronisation a batch) and never again.
     Raises ValueError naming the value for an unknown pattern, an impossible grid, lengths with
     0 <= text_prefix <= text_len <= T violated, or image_is_target other than 0 and 1.
     """
@@ -54,7 +96,9 @@ def attention_plan(
     _check_samples(text_len, text_prefix, image_is_target)
     _check_values(text_slots, text_len, text_prefix, image_is_target)
     samples = (text_len, text_prefix, image_is_target)
-    torch_plan = cpu_plan(pattern, grid, text_slots, *samples, conv_size=conv_size, dtype=_compute_dtype(dtype))
+    torch_plan = None
+    if not text_len.is_cuda or dtype == torch.float64 or _device_reason(text_len.device):
+        torch_plan = cpu_plan(pattern, grid, text_slots, *samples, conv_size=conv_size, dtype=_compute_dtype(dtype))
     return AttentionPlan(pattern, grid, conv_size, text_slots, *samples, torch_plan)
 
 
@@ -82,9 +126,12 @@ def sparse_attention(
     three tensors are not read again.
 
     Returns [B, H, S, D] in the dtype of q, differentiable in q, k and v; rows of padding text slots are zero.
-    Raises ValueError, with the values and what would work, for shapes, dtypes or devices that do not fit.
+    Raises ValueError, with the values and what would work, for shapes, dtypes or devices that do not fit. The lengths'
+    values are checked on CPU tensors and by `attention_plan`; on a GPU that check would stall every layer, so without a
+    plan the kernels only clamp them.
     """
     grid = check_grid(grid)
+    window(pattern, grid, conv_size)
     text_slots = _check_qkv(q, k, v, grid)
     _check_samples(text_len, text_prefix, image_is_target)
     if text_len.shape[0] != q.shape[0] or text_len.device != q.device:
@@ -92,18 +139,26 @@ def sparse_attention(
             f"text_len has {text_len.shape[0]} samples on {text_len.device}, q has {q.shape[0]} on {q.device}; "
             "give one integer per sample on the device of q"
         )
-    if plan is None:
-        plan = attention_plan(
-            grid=grid, pattern=pattern, text_slots=text_slots, conv_size=conv_size, dtype=q.dtype,
-            text_len=text_len, text_prefix=text_prefix, image_is_target=image_is_target,
-        )  # fmt: skip
-    else:
+    if plan is not None:
         _check_plan(plan, pattern, grid, conv_size, text_slots, q.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if q.is_cuda and q.shape[-1] not in TRITON_CHANNELS:
+        raise ValueError(f"q has {q.shape[-1]} channels a head; on a GPU use 32, 64, 80 or 128")
+    if can_run_triton(q):
+        from kernels.attention.triton_op import triton_attention
+
+        view = window(pattern, grid, conv_size)
+        return triton_attention(q, k, v, text_len, text_prefix, image_is_target, view=view, scale=scale)
+    if plan is None or plan.torch_plan is None:
+        _check_values(text_slots, text_len, text_prefix, image_is_target)
+        samples = (text_len, text_prefix, image_is_target)
+        torch_plan = cpu_plan(pattern, grid, text_slots, *samples, conv_size=conv_size, dtype=_compute_dtype(q.dtype))
+    else:
+        torch_plan = plan.torch_plan
     compute = _compute_dtype(q.dtype)
     if compute != q.dtype:
-        return cpu_attention(q.to(compute), k.to(compute), v.to(compute), plan.torch_plan, scale).to(q.dtype)
-    return cpu_attention(q, k, v, plan.torch_plan, scale)
+        return cpu_attention(q.to(compute), k.to(compute), v.to(compute), torch_plan, scale).to(q.dtype)
+    return cpu_attention(q, k, v, torch_plan, scale)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,8 @@ With P = softmax(q k^T scale), delta = rowsum(dO * O):  dV = P^T dO,  dS = P * (
 dK = scale * dS^T Q  (FlashAttention-2, arXiv 2307.08691, algorithm 2). A text key is read by every image query; those
 are cut into `chunks`, whose partial sums are written in fp32 and added in a fixed order afterwards: deterministic.
 
+Rows that see nothing have lse = +inf, hence P = 0: masks name only what that does not already settle.
+
 Legend: as in `triton_forward`; in the second kernel the tile holds keys and the loop runs over queries.
 """
 
@@ -62,7 +64,7 @@ def query_gradient_kernel(
     for start in range(0, text_stop, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         past = is_text & (slot >= prefix)[:, None] & (key[None, :] <= slot[:, None])
-        seen = valid[:, None] & (key < text_stop)[None, :] & ((key < prefix)[None, :] | past)
+        seen = (key < text_stop)[None, :] & ((key < prefix)[None, :] | past)
         acc = add_query_gradient(
             acc, q, grad, lse, delta, K, V, k_s, v_s, key, key < text_stop, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN
         )
@@ -81,7 +83,7 @@ def query_gradient_kernel(
         key = text_slots + key_row * cols + key_col
         near = joined(row[:, None], col[:, None], key_row[None, :], key_col[None, :], reach_rows, reach_cols)
         near = near & ((causal == 0) | (key[None, :] <= slot[:, None]))
-        seen = valid[:, None] & (index < count)[None, :] & (is_text | near)
+        seen = (index < count)[None, :] & (is_text | near)
         acc = add_query_gradient(
             acc, q, grad, lse, delta, K, V, k_s, v_s, key, index < count, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN
         )
@@ -142,8 +144,7 @@ def key_gradient_kernel(
     for start in range(text_start, text_stop, BLOCK_N):
         query = start + tl.arange(0, BLOCK_N)
         past = (query >= prefix)[None, :] & (slot[:, None] <= query[None, :])
-        rule = (is_text == 0) | (slot < prefix)[:, None] | past
-        seen = valid[:, None] & (query < text_stop)[None, :] & rule
+        seen = (is_text == 0) | (slot < prefix)[:, None] | past
         dk, dv = add_key_gradients(
             dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, query < text_stop, seen,
             QK_SCALE, D, BLOCK_D, ACC, WIDEN,
@@ -164,7 +165,7 @@ def key_gradient_kernel(
         query = text_slots + query_row * cols + query_col
         near = joined(row[:, None], col[:, None], query_row[None, :], query_col[None, :], reach_rows, reach_cols)
         near = near & ((causal == 0) | (slot[:, None] <= query[None, :]))
-        seen = valid[:, None] & (index < count)[None, :] & tl.where(is_text, (slot < prefix)[:, None], near)
+        seen = tl.where(is_text, (slot < prefix)[:, None], near)
         dk, dv = add_key_gradients(
             dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, index < count, seen,
             QK_SCALE, D, BLOCK_D, ACC, WIDEN,

@@ -66,9 +66,12 @@ def joined(row, col, other_row, other_col, reach_rows, reach_cols):
 
 @triton.jit
 def load_rows(BASE, slot, row_stride, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[slots, BLOCK_D] of one head; rows that do not exist and channels beyond D are zero."""
+    """[slots, BLOCK_D] of one head; rows that do not exist and channels beyond D are zero.
+
+    BASE is that of the head (64-bit arithmetic); within a head 32 bits do, which the launch checks: fewer registers.
+    """
     channel = tl.arange(0, BLOCK_D)
-    pointers = BASE + slot.to(tl.int64)[:, None] * row_stride + channel[None, :]
+    pointers = BASE + slot[:, None] * row_stride + channel[None, :]
     if BLOCK_D == D:
         return tl.load(pointers, mask=exists[:, None], other=0.0)
     return tl.load(pointers, mask=exists[:, None] & (channel < D)[None, :], other=0.0)
@@ -77,14 +80,19 @@ def load_rows(BASE, slot, row_stride, exists, D: tl.constexpr, BLOCK_D: tl.const
 @triton.jit
 def store_rows(BASE, slot, row_stride, exists, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
     channel = tl.arange(0, BLOCK_D)
-    pointers = BASE + slot.to(tl.int64)[:, None] * row_stride + channel[None, :]
+    pointers = BASE + slot[:, None] * row_stride + channel[None, :]
     tl.store(pointers, value.to(BASE.dtype.element_ty), mask=exists[:, None] & (channel < D)[None, :])
 
 
 @triton.jit
 def dot(a, b, ACC: tl.constexpr, WIDEN: tl.constexpr):
-    """a @ b accumulated in ACC; fp32 inputs exactly (no TF32). WIDEN: bf16 as fp32, for Triton's interpreter only."""
+    """a @ b accumulated in ACC; fp32 inputs as three TF32 products (fp32 accuracy on tensor cores).
+
+    WIDEN: bf16 as fp32, for Triton's interpreter only, whose bf16 matmul is wrong.
+    """
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="tf32x3", out_dtype=ACC)
+    return tl.dot(a, b, out_dtype=ACC)

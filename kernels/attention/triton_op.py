@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from kernels.attention.triton_forward import forward_kernel
 from kernels.patterns import Window
 
 LOG2_E = 1.0 / math.log(2.0)
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when the kernels were imported
 CHUNK_SLOTS = 1024  # image queries one program adds up for a tile of text keys
 
 
@@ -28,14 +30,20 @@ class LaunchConfig:
     num_stages: int
 
 
-def launch_config(kernel: str, block_d: int, itemsize: int) -> LaunchConfig:
-    """Warps and pipeline stages of `forward`, `query_gradient`, `key_gradient`; checked by the compile gate (README)."""
+def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> LaunchConfig:
+    """Warps and pipeline stages of `forward`, `query_gradient`, `key_gradient`; checked by the compile gate (README).
+
+    `capability`: 80 (also for later devices below 90) or 90. Four warps run a 64 x 64 tile as one warp group of
+    Hopper's; the gradients of Ampere spill registers with four.
+    """
     if itemsize >= 4:
         return LaunchConfig(8, 1)
-    return LaunchConfig(8 if block_d >= 128 else 4, 2)
+    if block_d >= 128 or (kernel != "forward" and capability < 90):
+        return LaunchConfig(8, 2)
+    return LaunchConfig(4, 2)
 
 
-def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype, interpreted: bool) -> dict:
+def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype) -> dict:
     """The constexpr arguments that all three kernels share."""
     tile = choose_tile(view)
     return {
@@ -46,7 +54,7 @@ def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dty
         "TILE_ROWS": tile.rows,
         "TILE_COLS": tile.cols,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "WIDEN": interpreted and dtype == torch.bfloat16,
+        "WIDEN": INTERPRETED and dtype == torch.bfloat16,
     }
 
 
@@ -66,10 +74,19 @@ def _statistics(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
+def device_capability(device: torch.device) -> int:
+    """80, 90, ...; 80 for the CPU, where the interpreter runs."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 class _Launch:
     """What the launches of one call have in common."""
 
-    def __init__(self, q: Tensor, window: list[int], scale: float):
+    def __init__(self, tensors: tuple[Tensor, ...], window: list[int], scale: float):
+        q = tensors[0]
         self.view = Window(*window)
         self.text_slots = q.shape[2] - self.view.num_slots
         self.text_tiles = -(-self.text_slots // BLOCK)
@@ -77,18 +94,24 @@ class _Launch:
         self.image_tiles = tile.count(self.view)
         self.programs = q.shape[0] * q.shape[1]
         self.itemsize = q.element_size()
-        self.constants = kernel_constants(q.shape[-1], scale, self.view, q.dtype, q.device.type == "cpu")
+        if max(x.stride(2) for x in tensors) * q.shape[2] >= 2**31:
+            raise ValueError(f"a head's {q.shape[2]} slots span 2**31 elements or more; pass smaller strides")
+        self.constants = kernel_constants(q.shape[-1], scale, self.view, q.dtype)
         self.sizes = (
             q.shape[1], q.shape[2], self.text_slots, *window, self.text_tiles, tile.across(self.view),
         )  # fmt: skip
         self.device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
+        self.capability = device_capability(q.device)
 
     def run(self, name: str, kernel, tiles: int, *args, **constants) -> None:
-        config = launch_config(name, self.constants["BLOCK_D"], self.itemsize)
+        config = launch_config(name, self.constants["BLOCK_D"], self.itemsize, self.capability)
         with self.device:
-            kernel[(self.programs, tiles)](
-                *args, **self.constants, **constants, num_warps=config.num_warps, num_stages=config.num_stages
-            )
+            start_kernel(kernel, (self.programs, tiles), args, {**self.constants, **constants}, config)
+
+
+def start_kernel(kernel, grid: tuple[int, ...], args, constants: dict, config: LaunchConfig) -> None:
+    """The one place that launches; the compile gate records here what would be launched."""
+    kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -101,7 +124,7 @@ def attention_forward(
     window: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, H, S, D] and log2 denominators [B, H, S]. `window`: the four fields of `patterns.Window`."""
-    launch = _Launch(q, window, scale)
+    launch = _Launch((q, k, v), window, scale)
     out, lse = _heads_last(q), _statistics(q)
     launch.run(
         "forward", forward_kernel, launch.text_tiles + launch.image_tiles,
@@ -123,7 +146,7 @@ def attention_backward(
     """dq, dk, dv [B, H, S, D]; deterministic."""
     if grad.stride(-1) != 1:
         grad = grad.contiguous()  # an expanded gradient, as sum().backward() makes it
-    launch = _Launch(q, window, scale)
+    launch = _Launch((q, k, v, out, grad), window, scale)
     dq, dk, dv = (_heads_last(x) for x in (q, k, v))
     delta = torch.empty_like(lse)
     samples = (text_len, text_prefix, image_is_target)

@@ -1,0 +1,193 @@
+"""Compile every Triton kernel ahead of time, without a GPU, as it would be launched, and report what ptxas made of it.
+
+    python -m kernels.compile_gate [--channels 64,128] [--patterns row,conv] [--dtypes bfloat16] [--json FILE] [--markdown]
+
+Exits with 1 if a kernel spills registers, needs more shared memory than the device has or uses no tensor cores. The
+specialisation (divisibility by 16, arguments equal to 1) is taken from recorded launches of the public ops, so what is
+gated is what runs. Needs ptxas, cuobjdump and nvdisasm, which Triton's wheel carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.attention import triton_op
+from kernels.attention.triton_decode import decode
+from kernels.patterns import PATTERNS, cache_capacity, window
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may use on A100 and H100/H200
+GRID, TEXT_SLOTS, HEADS = (32, 32), 128, 16  # the 10B model's sequence
+CANDIDATES = 4  # sequences that share a text prefix in decoding
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One launch as the ops would make it."""
+
+    kernel: object
+    args: tuple
+    constants: dict
+    config: triton_op.LaunchConfig
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas made of a kernel: registers a thread, spilled bytes (stack), shared memory in bytes, instruction counts."""
+
+    kernel: str
+    pattern: str
+    dtype: str
+    channels: int
+    capability: int
+    triton: str
+    tile: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    tensor_core: int
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.shared > SHARED_LIMIT[self.capability]:
+            found.append(f"needs {self.shared} bytes of shared memory of {SHARED_LIMIT[self.capability]}")
+        if not self.tensor_core and self.kernel != "decode_kernel":
+            found.append("uses no tensor cores")
+        return found
+
+
+def record(pattern: str, dtype: torch.dtype, channels: int, capability: int) -> list[Recorded]:
+    """The launches of one forward and backward pass on a packed qkv and of one decoding step, nothing run."""
+    view = window(pattern, GRID)
+    packed = torch.empty(1, TEXT_SLOTS + view.num_slots, 3, HEADS, channels, dtype=dtype)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    samples = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
+    seen: list[Recorded] = []
+    replaced = triton_op.start_kernel, triton_op.device_capability
+    triton_op.start_kernel = lambda kernel, grid, *call: seen.append(Recorded(kernel, *call))
+    triton_op.device_capability = lambda device: capability
+    try:
+        shape = [view.rows, view.cols, view.reach_rows, view.reach_cols]
+        out, lse = triton_op.attention_forward(q, k, v, *samples, shape, channels**-0.5)
+        triton_op.attention_backward(out, q, k, v, out, lse, *samples, shape, channels**-0.5)
+        text, ring = k[:, :, :TEXT_SLOTS], k[:, :, : cache_capacity(pattern, GRID)].repeat(CANDIDATES, 1, 1, 1)
+        new, slot = q[:, :, 0].repeat(CANDIDATES, 1, 1), samples[0].repeat(CANDIDATES)
+        decode(new, text, text, ring, ring, samples[0], slot, shape, channels**-0.5)
+    finally:
+        triton_op.start_kernel, triton_op.device_capability = replaced
+    return seen
+
+
+def _source(launch: Recorded) -> ASTSource:
+    """The launch specialised as Triton's own JIT does: pointers and integers by divisibility, ones as constants."""
+    names = launch.kernel.arg_names
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, value) in enumerate(zip(names, launch.args)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPE_NAMES[value.dtype]
+        elif value == 1:
+            signature[name], constants[(index,)] = "constexpr", 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, torch.Tensor) or (value != 1 and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    for index, name in enumerate(names[len(launch.args) :], len(launch.args)):
+        signature[name], constants[(index,)] = "constexpr", launch.constants[name]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _tool(name: str, *args: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *args], check=True, capture_output=True, text=True).stdout
+
+
+def compile_launch(launch: Recorded, capability: int, pattern: str, dtype: str, channels: int) -> Compiled:
+    """Compile for `capability` (80 or 90) and read registers, spills and instructions from the binary."""
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    binary = triton.compile(_source(launch), target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernel.cubin")
+        Path(cubin).write_bytes(binary.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", cubin)
+        assembly = _tool("nvdisasm", "-c", cubin)
+    name = launch.kernel.fn.__name__
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage[usage.index(name) :]))
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
+    return Compiled(
+        kernel=name,
+        pattern=pattern,
+        dtype=dtype,
+        channels=channels,
+        capability=capability,
+        triton=triton.__version__,
+        tile=f"{launch.constants.get('TILE_ROWS', 1)}x{launch.constants.get('TILE_COLS', 1)}",
+        warps=launch.config.num_warps,
+        registers=int(numbers["REG"]),
+        spilled=max(int(numbers["STACK"]), int(numbers["LOCAL"]), spills),
+        shared=binary.metadata.shared,
+        tensor_core=len(re.findall(r"\b(?:HGMMA|HMMA)\b", assembly)),
+    )
+
+
+def compile_all(patterns, dtypes, channels, capabilities=(80, 90)) -> list[Compiled]:
+    return [
+        compile_launch(launch, capability, pattern, dtype, width)
+        for dtype in dtypes
+        for width in channels
+        for pattern in patterns
+        for capability in capabilities
+        for launch in record(pattern, getattr(torch, dtype), width, capability)
+    ]
+
+
+def markdown(rows: list[Compiled]) -> str:
+    """The register table of the README."""
+    head = "| kernel | pattern | tile | dtype | D | sm | Triton | warps | registers | spilled | shared | tensor-core instr. |"
+    lines = [head, "|" + "---|" * 12]
+    for r in rows:
+        cells = (r.kernel, r.pattern, r.tile, r.dtype, r.channels, r.capability, r.triton, r.warps, r.registers, r.spilled, r.shared, r.tensor_core)  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patterns", default=",".join(PATTERNS))
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--channels", default="32,64,80,128")
+    parser.add_argument("--capabilities", default="80,90")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    args = parser.parse_args()
+    channels, capabilities = ([int(n) for n in x.split(",")] for x in (args.channels, args.capabilities))
+    rows = compile_all(args.patterns.split(","), args.dtypes.split(","), channels, capabilities)
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+    if args.markdown:
+        print(markdown(rows))
+    bad = [r for r in rows if r.problems()]
+    for r in bad:
+        where = f"{r.kernel} {r.pattern} {r.dtype} D={r.channels} sm_{r.capability} Triton {r.triton}"
+        print(f"{where}: {'; '.join(r.problems())}", file=sys.stderr)
+    print(f"{len(rows)} kernels compiled, {len(bad)} with problems")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
