@@ -3,7 +3,7 @@
 Global sample index g counts through the whole run: step s holds g = s * global_size .. (s + 1) * global_size - 1, and
 g is the sample at position g % num_samples of epoch g // num_samples. Element i of a step goes to data rank r,
 micro-batch j, place p with i = (j * data_size + r) * micro_size + p. Order, direction, caption choice and caption
-dropout depend on (seed, purpose, g) only, so ranks, workers, micro-batches and restarts cannot change what is trained on.
+dropout depend on (seed, purpose, g) only, so ranks, workers, micro-batches and restarts cannot change them.
 """
 
 import json
@@ -214,7 +214,7 @@ def _start_worker(_worker: int) -> None:
 
     Ctrl-C and SLURM's TERM reach every process of a job; the trainer decides when to stop and then ends its workers,
     which otherwise would be gone before the last step and its checkpoint. A trainer killed outright cannot end them,
-    and torch's own watchdog looks at the fork server, which lives as long as they do: they watch the trainer themselves.
+    and torch's own watchdog looks at the fork server, which lives as long as they do: ours watch the trainer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
