@@ -16,7 +16,9 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def tiny_model(config: ModelConfig | None = None, *, spec: SequenceSpec = SPEC, seed: int = 0, dtype=torch.float32, **place):
+def tiny_model(
+    config: ModelConfig | None = None, *, spec: SequenceSpec = SPEC, seed: int = 0, dtype=torch.float32, **place
+) -> Vilg:
     model = Vilg(config or tiny_config(), spec, dtype=dtype, **place)
     model.reset_parameters(seed)
     return model

@@ -98,7 +98,7 @@ def check_cross_entropy(rank: int, size: int) -> None:
 
 
 def check_norm_and_gathers(rank: int, size: int) -> None:
-    """A norm on parts of the slots has the whole norm's gradients; split and gather are inverse, so are their gradients."""
+    """A norm on parts of the slots has the whole norm's gradients; split and gather undo each other both ways."""
     group = Grid.build(tensor=size).tensor_group
     x, grad_out = random(B, S, C, seed=1), random(B, S, C, seed=2)
     for kind in ("layernorm", "rmsnorm"):

@@ -12,9 +12,9 @@ from vilg.tools.plan import format_plan, main, make_plan
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = str(ROOT / "launch/recipes/debug.yaml")
 TEN_BILLION = [
-    "model.num_layers=48", "model.hidden_size=4096", "model.num_heads=64", "tokens.text_slots=64", "tokens.grid=[32,32]",
-    "tokens.text_vocab_size=32768", "tokens.image_vocab_size=8192", "precision=bf16", "parallel.tensor=4",
-    "parallel.pipeline=4", "batch.global_size=512", "batch.micro_size=4", "data.directions=both", "model.dropout=0.0",
+    "model.num_layers=48", "model.hidden_size=4096", "model.num_heads=64", "tokens.text_slots=64",
+    "tokens.grid=[32,32]", "tokens.text_vocab_size=32768", "tokens.image_vocab_size=8192", "precision=bf16",
+    "parallel.tensor=4", "parallel.pipeline=4", "batch.global_size=512", "batch.micro_size=4", "data.directions=both", "model.dropout=0.0",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Self-attention with the paper's patterns; what the heads may see is decided by the `attend` callable.
 
-Legend: B batch, S slots (S / size of them per rank with sequence parallelism), C hidden, H heads of this rank, D head dim.
+Legend: B batch, S slots (S / size per rank with sequence parallelism), C hidden, H heads of this rank, D head dim.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,15 @@ def layer_patterns(config: ModelConfig) -> tuple[str, ...]:
 
 
 class SparseAttend:
-    """Attention over whole sequences of one batch; one plan per pattern is made at its first use and shared by all layers.
+    """Attention over whole sequences of one batch; a pattern's plan is made at its first use and shared by all layers.
 
     text_len, text_prefix, image_is_target: int32 [B] (tokens/sequence.py). conv_size: side of the conv window in slots.
     """
 
     def __init__(
-        self, grid: tuple[int, int], text_len: Tensor, text_prefix: Tensor, image_is_target: Tensor, *, conv_size: int = 11
-    ):
+        self, grid: tuple[int, int], text_len: Tensor, text_prefix: Tensor, image_is_target: Tensor,
+        *, conv_size: int = 11,
+    ):  # fmt: skip
         samples = dict(text_len=text_len, text_prefix=text_prefix, image_is_target=image_is_target)
         self.arguments = dict(grid=grid, conv_size=conv_size, **samples)
         self.plans: dict[str, AttentionPlan] = {}
@@ -45,7 +46,9 @@ class SparseAttend:
         if pattern not in self.plans:
             height, width = self.arguments["grid"]
             text_slots = q.shape[2] - height * width
-            self.plans[pattern] = attention_plan(pattern=pattern, text_slots=text_slots, dtype=q.dtype, **self.arguments)
+            self.plans[pattern] = attention_plan(
+                pattern=pattern, text_slots=text_slots, dtype=q.dtype, **self.arguments
+            )
         return sparse_attention(q, k, v, pattern=pattern, plan=self.plans[pattern], **self.arguments)
 
 
@@ -62,8 +65,8 @@ class Attention(nn.Module):
         self.norm = Norm(hidden, config.norm, partial=grid.sequence_parallel, **place)
         self.qkv = ColumnParallelLinear(hidden, 3 * hidden, **split)
         if config.qk_norm:
-            # Chameleon (2405.09818 section 2.2). Shared by all heads, which are split over ranks; a bias of the keys would
-            # add the same to all logits of a query, which the softmax takes out again.
+            # Chameleon (2405.09818 section 2.2). Shared by all heads, which are split over ranks. No bias: that of the
+            # keys would add the same to all logits of a query, which the softmax takes out again.
             self.q_norm = Norm(self.head_dim, config.norm, bias=False, partial=True, **place)
             self.k_norm = Norm(self.head_dim, config.norm, bias=False, partial=True, **place)
         else:

@@ -14,7 +14,7 @@ def direction_losses(
 
     text_logits [B, T, Vt / size], image_logits [B, N, Vi / size], any float dtype; targets int64 [B, T], [B, N] with
     `IGNORE` where there is no loss. group: the tensor-parallel group whose ranks hold the columns.
-    A direction without targets gives 0 with a gradient of zeros, so that ranks with other mixes never wait for each other.
+    A direction without targets gives 0 with a gradient of zeros, so ranks with other mixes never wait for each other.
     """
     return (
         cross_entropy_sum(text_logits, text_target, group=group, ignore=IGNORE),

@@ -2,10 +2,10 @@
 
 What travels between layers, and so between stages, is a tuple of tensors:
 
-    into Embed        text_input [B, T], image_input [B, N], text_len, text_prefix, image_is_target [B], dropout_seeds [B]
-    between blocks    hidden [B, S, C],                       text_len, text_prefix, image_is_target [B], dropout_seeds [B]
-    out of Heads      text_logits [B, T, Vt], image_logits [B, N, Vi]
-    labels            text_target [B, T], image_target [B, N], scales fp32 [2]
+    into Embed      text_input [B, T], image_input [B, N], text_len, text_prefix, image_is_target [B], dropout_seeds [B]
+    between blocks  hidden [B, S, C], text_len, text_prefix, image_is_target [B], dropout_seeds [B]
+    out of Heads    text_logits [B, T, Vt], image_logits [B, N, Vi]
+    labels          text_target [B, T], image_target [B, N], scales fp32 [2]
 
 Only `hidden` is floating, so only its gradient is sent back. Importing this module imports DeepSpeed (seconds); nothing
 else does. DeepSpeed runs it with ZeRO 0 or 1 only.
@@ -40,7 +40,7 @@ DEEPSPEED_SETTINGS = {"use_reentrant": False, "pipe_partitioned": False, "grad_p
 
 
 class SharedAttend:
-    """One attention plan per micro-batch for all blocks of a stage: the last one is kept while its tensors are the same."""
+    """One attention plan per micro-batch for all blocks of a stage: the last is kept while its tensors are the same."""
 
     def __init__(self, grid: tuple[int, int], conv_size: int):
         self.grid, self.conv_size = grid, conv_size
@@ -108,11 +108,11 @@ class PipeLoss:
 
 
 class VilgPipe(PipelineModule):
-    """This rank's stage, for `deepspeed.initialize` with `DEEPSPEED_SETTINGS`. Parameters have the names of `Vilg` and are
-    NaN until filled. Stages are cut by the layers' operations (`size.stage_bounds`).
+    """This rank's stage, for `deepspeed.initialize` with `DEEPSPEED_SETTINGS`. Parameters have the names of `Vilg` and
+    are NaN until filled. Stages are cut by the layers' operations (`size.stage_bounds`).
 
-    factor: see `PipeLoss`, which is `self.loss_fn`. activation_checkpoint_interval: layers per recomputed stretch, 0 for
-    none. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
+    factor: see `PipeLoss`, which is `self.loss_fn`. activation_checkpoint_interval: layers per recomputed stretch, 0
+    for none. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
     """
 
     def __init__(

@@ -140,7 +140,7 @@ class StateBytes:
 
 
 def state_bytes(parameters: int, *, precision: str, zero_stage: int, data_size: int) -> StateBytes:
-    """Training state of one rank that holds `parameters` before ZeRO (1910.02054, figure 1, with Adam: 2 + 2 + 12 bytes).
+    """Training state of one rank that holds `parameters` before ZeRO (1910.02054, figure 1; Adam: 2 + 2 + 12 bytes).
 
     ZeRO 1 shares the optimizer's state among the data ranks, 2 the gradients as well, 3 the weights as well.
     """

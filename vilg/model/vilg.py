@@ -90,7 +90,7 @@ class Vilg(nn.Module):
 
 @torch.no_grad()
 def fill_parameters(module: nn.Module, config: ModelConfig, seed: int, *, grid: Grid, prefix: str = "") -> None:
-    """Draw the initial weights of `module`, whose parameters are named as those of `Vilg` once `prefix` is put before."""
+    """Draw the initial weights of `module`, whose parameters have the names of `Vilg` once `prefix` is put before."""
     layout.mark_parameters(module, prefix=prefix, size=grid.tensor_size)
     for name, parameter in module.named_parameters():
         name = prefix + name
@@ -105,7 +105,8 @@ def check_shape(config: ModelConfig, spec: SequenceSpec, *, tensor: int) -> None
     """Raise UserError, naming every problem, unless heads and vocabularies divide evenly over `tensor` ranks."""
     problems = []
     if config.hidden_size % config.num_heads:
-        problems.append(f"model.hidden_size={config.hidden_size} is not a multiple of model.num_heads={config.num_heads}")
+        hidden, heads = config.hidden_size, config.num_heads
+        problems.append(f"model.hidden_size={hidden} is not a multiple of model.num_heads={heads}")
     sizes = {
         "model.num_heads": config.num_heads,
         "tokens.text_vocab_size": spec.text_vocab_size,

@@ -80,7 +80,7 @@ class Grid:
     def world_size(self) -> int:
         return self.data_size * self.tensor_size * self.pipeline_size
 
-    # What DeepSpeed asks of an `mpu`. For it, "model parallel" is the tensor axis: with a pipeline it asks its own grid.
+    # What DeepSpeed asks of an `mpu`. Its "model parallel" is the tensor axis: with a pipeline it asks its own grid.
 
     def get_data_parallel_group(self) -> Group:
         return self.data_group or self.group_of_one

@@ -21,12 +21,12 @@ from vilg.parallel.ops import (
 
 
 def enter_split(x: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
-    """From the replicated (or slot-split) region [B, S or S / size, C] into the one where features are split [B, S, C]."""
+    """From the replicated (or slot-split) region [B, S or S / size, C] into the feature-split one [B, S, C]."""
     return gather_slots(x, group) if sequence_parallel else copy_to_group(x, group)
 
 
 def leave_split(partial: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
-    """Sum partial results [B, S, C] over the group; with sequence parallelism this rank's slots only [B, S / size, C]."""
+    """Sum partial results [B, S, C] over the group; with sequence parallelism this rank's slots [B, S / size, C]."""
     return scatter_slots_sum(partial, group) if sequence_parallel else reduce_from_group(partial, group)
 
 

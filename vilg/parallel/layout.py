@@ -3,9 +3,9 @@
 Layers, initial weights, the optimizer's groups, checkpoints, exports and tests read this table and nothing else.
 Names are those of `Vilg.state_dict()`: `layers.<index>.<parameter>`.
 
-A split parameter is cut into equal contiguous parts along `dim`; part r lives on tensor rank r, so that joining is plain
-concatenation. For that the rows of `qkv` are ordered by head, and within a head query, key, value: [H, 3, D] flattened.
-A contiguous cut then holds whole heads.
+A split parameter is cut into equal contiguous parts along `dim`; part r lives on tensor rank r, so that joining is
+plain concatenation. For that the rows of `qkv` are ordered by head, and within a head query, key, value: [H, 3, D]
+flattened. A contiguous cut then holds whole heads.
 """
 
 import hashlib
@@ -61,7 +61,7 @@ def rule_of(name: str) -> Rule:
 
 
 def shard(name: str, full: Tensor, *, rank: int, size: int) -> Tensor:
-    """The part of the whole parameter that tensor rank `rank` of `size` holds (a view; the whole if it is not split)."""
+    """The part of the whole parameter that tensor rank `rank` of `size` holds: a view, or the whole if not split."""
     dim = rule_of(name).dim
     if dim is None or size == 1:
         return full

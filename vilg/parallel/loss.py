@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary split over a tensor group, without ever gathering the logits (1909.08053 section 3)."""
+"""Cross entropy over a vocabulary split over a tensor group; the logits are never gathered (1909.08053 section 3)."""
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,8 @@ from vilg.parallel.ops import Group, group_rank
 def cross_entropy_sum(logits: Tensor, target: Tensor, *, group: Group = None, ignore: int = -100) -> Tensor:
     """Sum of -log softmax(logits)[target], a scalar in fp32 (fp64 for fp64 logits); 0 if all targets are `ignore`.
 
-    logits: any float dtype [..., V / size]: this rank's columns of the vocabulary. target: int64 [...], whole-vocabulary
-    ids, equal on all ranks of the group.
+    logits: any float dtype [..., V / size]: this rank's columns of the vocabulary. target: int64 [...], ids of the
+    whole vocabulary, equal on all ranks of the group.
     """
     logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     target = target.flatten()

@@ -8,7 +8,7 @@
     slice              all-gather         split_slots
     all-gather         slice              gather_last
 
-"Slots" is dim 1 of [B, S, C]. Groups are arguments; `None` means a group of one, for which every function is the identity.
+"Slots" is dim 1 of [B, S, C]. Groups are arguments; `None` is a group of one, for which every function is the identity.
 """
 
 import torch
@@ -29,7 +29,7 @@ def group_rank(group: Group) -> int:
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    """The same tensor; its gradient is summed over the group (the input of a column-split layer, or a shared vector)."""
+    """The same tensor; its gradient is summed over the group (input of a column-split layer, or a shared vector)."""
     return x if group is None else _Copy.apply(x, group)
 
 
@@ -49,7 +49,7 @@ def scatter_slots_sum(x: Tensor, group: Group) -> Tensor:
 
 
 def split_slots(x: Tensor, group: Group) -> Tensor:
-    """[B, S, C], equal on all ranks -> this rank's slots [B, S / size, C]; the gradient is gathered back to [B, S, C]."""
+    """[B, S, C], equal on all ranks -> this rank's slots [B, S / size, C]; the gradient is gathered to [B, S, C]."""
     return x if group is None else _SplitSlots.apply(x, group)
 
 

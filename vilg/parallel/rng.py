@@ -9,15 +9,17 @@ import hashlib
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
+LANES = 4  # 16-bit numbers in one hash
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as a signed 64-bit integer
 
 
 def sequence_seeds(seed: int, step: int, first: int, count: int) -> Tensor:
-    """One dropout seed per sequence, int64 [count] in 0 .. 2^32 - 1.
+    """One dropout seed per sequence, int64 [count] in 0 .. 2^56 - 1.
 
     `first` is the index in the step's global batch of the micro-batch's first sequence.
     """
-    words = [hashlib.blake2b(f"dropout/{seed}/{step}/{first + i}".encode(), digest_size=4).digest() for i in range(count)]
+    names = (f"dropout/{seed}/{step}/{sequence}" for sequence in range(first, first + count))
+    words = (hashlib.blake2b(name.encode(), digest_size=7).digest() for name in names)
     return torch.tensor([int.from_bytes(word, "big") for word in words], dtype=torch.int64)
 
 
@@ -33,20 +35,24 @@ def dropout(x: Tensor, p: float, seeds: Tensor, *, site: int, first_slot: int = 
 
 
 def keep_mask(shape: tuple[int, int, int], p: float, seeds: Tensor, *, site: int, first_slot: int = 0) -> Tensor:
-    """Bool [B, S, C], True with probability 1 - p: a 32-bit integer hash of (seed, site, slot, channel) against p.
+    """Bool [B, S, C], True with probability 1 - p to within 2^-16: four channels share the bits of one 64-bit hash.
 
-    The mixing is the two-round multiply-xorshift with C. Wellons' constants (hash-prospector, "lowbias32").
+    The hash of (seed, site, slot, channel // 4) is SplitMix64's finalizer (Steele et al., OOPSLA 2014, figure 16).
     """
     _, slots, channels = shape
-    place = torch.arange(first_slot * channels, (first_slot + slots) * channels, device=seeds.device).view(slots, channels)
-    key = _mix((seeds * 0x9E3779B1 + site * 0x85EBCA77) & _MASK)
-    return _mix(place ^ key[:, None, None]) >= int(p * 2**32)
+    words = -(-channels // LANES)
+    place = torch.arange(first_slot * words, (first_slot + slots) * words, device=seeds.device).view(slots, words)
+    key = _mix(seeds * _GOLDEN + site)
+    bits = _mix(place * _GOLDEN + key[:, None, None])  # int64 [B, S, words]
+    return bits.view(torch.int16)[..., :channels] >= round(p * 2**16) - 2**15
 
 
 def _mix(x: Tensor) -> Tensor:
-    # int64 holds the 32-bit words, so that shifts are logical; products of 32-bit words wrap and are cut to 32 bits.
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    """Products of int64 wrap, as the finalizer wants; shifts carry the sign along, which is cut off."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        x = x.bitwise_xor(_shifted(x, shift)).mul_(factor)
+    return x.bitwise_xor_(_shifted(x, 31))
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)

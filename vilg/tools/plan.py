@@ -52,7 +52,8 @@ def make_plan(recipe: Recipe, *, gpus: int) -> Plan:
     tensor, pipeline = recipe.parallel.tensor, recipe.parallel.pipeline
     if gpus < 1 or gpus % (tensor * pipeline):
         raise UserError(
-            f"--gpus {gpus} is no multiple of parallel.tensor={tensor} x parallel.pipeline={pipeline} = {tensor * pipeline}"
+            f"--gpus {gpus} is no multiple of parallel.tensor={tensor} x parallel.pipeline={pipeline}; "
+            f"use a multiple of {tensor * pipeline}"
         )
     data = gpus // (tensor * pipeline)
     stage = 0
@@ -89,11 +90,12 @@ def format_plan(plan: Plan) -> str:
     """The plan as a few lines with units."""
     lines = [
         f"{plan.name}: {_short(plan.parameters)} parameters ({plan.parameters:,}), {plan.precision}",
-        f"{plan.gpus} ranks: data {plan.data} x tensor {plan.tensor} x pipeline {plan.pipeline}, ZeRO {plan.zero_stage}, "
-        f"{plan.micro_batches} micro-batches a step",
+        f"{plan.gpus} ranks: data {plan.data} x tensor {plan.tensor} x pipeline {plan.pipeline}, "
+        f"ZeRO {plan.zero_stage}, {plan.micro_batches} micro-batches a step",
         "",
         "training state per rank (activations and buffers come on top)",
-        f"  {'stage':>5}  {'layers':>8}  {'parameters':>10}  {'weights':>11}  {'gradients':>11}  {'optimizer':>11}  {'sum':>11}",
+        f"  {'stage':>5}  {'layers':>8}  {'parameters':>10}"
+        + "".join(f"  {name:>11}" for name in ("weights", "gradients", "optimizer", "sum")),
     ]
     for number, stage in enumerate(plan.stages):
         held = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, stage.total_bytes)
@@ -114,7 +116,8 @@ def main(argv: Sequence[str]) -> int:
     overrides, rest = take_overrides(argv)
     parser = argparse.ArgumentParser(
         prog="vilg plan",
-        description="Parameters, memory and work of a recipe, without running it. --section.key=value changes the recipe.",
+        description="Parameters, memory and work of a recipe, without running it.",
+        epilog="--section.key=value overrides a key of the recipe, for example --parallel.tensor=4",
     )
     parser.add_argument("recipe", help="recipe YAML")
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks; default: one tensor x pipeline group")
