@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vilg.checkpoint.save import CHECKPOINTS, LATEST
-from vilg.checkpoint.state import STATE_FILE, RunState, read_state
+from vilg.checkpoint.state import STATE_FILE, RunState
 from vilg.errors import UserError
 
 
@@ -42,12 +42,8 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def read_for_resume(checkpoint: Path, layout: dict[str, Any]) -> RunState:
-    """The checkpoint's state, if its files fit this run's layout.
-
-    Raises UserError naming the sizes that differ, or the file that is missing or damaged.
-    """
-    state = read_state(checkpoint)
+def check_layout(state: RunState, checkpoint: Path, layout: dict[str, Any]) -> None:
+    """Raise UserError, naming the sizes that differ, unless a run of this layout can read the checkpoint's files."""
     differing = [key for key in state.layout if state.layout[key] != layout.get(key)]
     if differing:
         was, now = (", ".join(f"{key}={values.get(key)}" for key in differing) for values in (state.layout, layout))
@@ -55,7 +51,6 @@ def read_for_resume(checkpoint: Path, layout: dict[str, Any]) -> RunState:
             f"{checkpoint} was saved with {was}; this run has {now}. Continue it with the layout it was saved with "
             f"({_layout_text(state.layout)})"
         )
-    return state
 
 
 def _layout_text(layout: dict[str, Any]) -> str:

@@ -60,6 +60,7 @@ def compute_probes(model: Vilg, inputs: SequenceBatch | None = None) -> Probes:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """`float32`, as `torch.float32` is called in files."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -99,4 +100,5 @@ def largest_difference(a: Probes, b: Probes) -> float:
 
 
 def largest_logit(probes: Probes) -> float:
+    """Largest absolute logit: the scale that differences are judged by."""
     return max(float(probes.text_logits.abs().max()), float(probes.image_logits.abs().max()))

@@ -20,6 +20,7 @@ _PARTIAL, _REPLACED = ".partial", ".replaced"
 
 
 def step_name(step: int) -> str:
+    """Folder name of a checkpoint; sorts by step."""
     return f"step_{step:08d}"
 
 

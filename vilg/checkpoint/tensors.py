@@ -5,6 +5,7 @@ classes (a number, a pair of integers, a loss scale), and refuses everything els
 """
 
 import os
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,11 +64,12 @@ def load_tensors(
         except FileNotFoundError:
             raise UserError(f"{path}: missing; the checkpoint is not whole. Use an earlier one") from None
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for damaged files
-            found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|Can't resolve global) ([\w.]+)", str(error))
-            if found:
+            if isinstance(error, pickle.UnpicklingError):
+                found = re.search(r"(?i)unsupported (?:global|class):?(?: GLOBAL)? ([\w.]+)", str(error))
+                what = f"an object of {found[1]}" if found else "a pickle of another kind"
                 raise UserError(
-                    f"{path}: holds an object of {found[1]}; only tensors and plain containers are read, because "
-                    "unpickling anything else can run code. This file was not written by vilg"
+                    f"{path}: holds {what}; only tensors and plain containers are read, because unpickling anything else "
+                    "can run code. This file was not written by vilg, or is damaged"
                 ) from None
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: cannot be read ({first_line}); it is damaged or no checkpoint file") from None

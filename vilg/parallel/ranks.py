@@ -68,7 +68,7 @@ class Ranks:
         try:
             value = action()
         except Exception as error:  # whatever it is, the other ranks must learn of it; it is chained here
-            if self.world_size == 1 and not isinstance(error, OSError):
+            if self.world_size == 1 and not isinstance(error, (OSError, UserError)):
                 raise
             reason, cause = str(error) or type(error).__name__, error
         reasons = [reason]

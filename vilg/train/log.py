@@ -65,6 +65,7 @@ class RunLog:
                         self.board.add_scalar(f"train/{key}", value, row["step"])
 
     def close(self) -> None:
+        """Write what is pending and close all files."""
         self.flush()
         if self.board:
             self.board.close()

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vilg.config.schema import Recipe
+from vilg.model.size import sequence_flops
+from vilg.tokens.sequence import SequenceSpec
+
 # Dense bf16 peak in FLOP/s by the name torch reports (NVIDIA data sheets, without sparsity).
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A800": 312e12, "L40S": 362e12}
 
@@ -70,6 +74,14 @@ class Meter:
         )
         self._reset()
         return window
+
+
+def step_flops(recipe: Recipe, spec: SequenceSpec) -> float:
+    """Operations of one optimizer step over all ranks, forward and backward, without recomputation (MFU's numerator)."""
+    drawn, written = (sequence_flops(recipe.model, spec, image_is_target=is_target) for is_target in (True, False))
+    share = recipe.data.text_to_image_fraction
+    per_pair = drawn + written if recipe.data.directions == "both" else share * drawn + (1 - share) * written
+    return recipe.batch.global_size * per_pair
 
 
 def peak_flops(device: torch.device) -> float | None:

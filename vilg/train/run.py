@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vilg.checkpoint.load import read_for_resume
+from vilg.checkpoint.load import check_layout
 from vilg.checkpoint.probes import compute_probes, save_probes
 from vilg.checkpoint.save import save_checkpoint
 from vilg.checkpoint.state import RunState, read_state, versions
@@ -18,7 +18,7 @@ from vilg.data.loader import Loader, LoaderState, TokenDataset, bad_sample_path
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
-from vilg.parallel.ranks import Ranks
+from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.files import write_atomically
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
@@ -26,8 +26,8 @@ from vilg.tokens.vqgan import ImageTokenizer
 from vilg.train.engine import Engine, build_engine
 from vilg.train.guards import NonFiniteGuard
 from vilg.train.log import RunLog
-from vilg.train.metrics import Meter
-from vilg.train.rundir import DONE_FILE, LOGS, SAMPLES, open_run_dir
+from vilg.train.metrics import Meter, step_flops
+from vilg.train.rundir import DONE_FILE, LOGS, SAMPLES, open_run_dir, write_recipe
 from vilg.train.samples import Sampler
 from vilg.train.step import StepPlan, StepResult
 
@@ -69,10 +69,12 @@ class Run:
         return every > 0 and (self.step % every == 0 or self.steps_left == 0)
 
     def log_line(self) -> None:
+        """Print the console line and write the metrics kept since the last one."""
         window = self.meter.window(self.steps_left)
         self.log.flush(window, device_word="rank" if self.meter.device.type == "cpu" else "gpu")
 
     def draw_samples(self) -> None:
+        """Draw the fixed prompts, if the recipe has any."""
         if self.sampler is None:
             return
         with self.meter.paused():
@@ -130,6 +132,7 @@ def read_arguments(argv: Sequence[str], ranks: Ranks) -> Recipe:
 
 
 def sequence_spec(recipe: Recipe) -> SequenceSpec:
+    """Sizes of the canonical sequence that the recipe describes."""
     tokens = recipe.tokens
     return SequenceSpec(tokens.text_slots, tokens.grid, tokens.text_vocab_size, tokens.image_vocab_size)
 
@@ -141,13 +144,14 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
     damaged checkpoint, another layout.
     """
     if recipe.parallel.pipeline > 1:
-        raise UserError(f"parallel.pipeline={recipe.parallel.pipeline}: training runs with pipeline=1; use tensor and data ranks")
+        raise SharedError(f"parallel.pipeline={recipe.parallel.pipeline}: training runs with pipeline=1; use tensor and data ranks")
     grid = Grid.build(tensor=recipe.parallel.tensor)
-    text, image = TextTokenizer.load(recipe.tokens.text_model), ImageTokenizer.load(recipe.tokens.image_model)
+    text = ranks.together(lambda: TextTokenizer.load(recipe.tokens.text_model))
+    image = ranks.together(lambda: ImageTokenizer.load(recipe.tokens.image_model))
     tokenizers = {"text": text.hash, "image": image.hash}
     spec = sequence_spec(recipe)
     checkpoint, notes = ranks.on_main(lambda: open_run_dir(recipe))
-    before = read_state(checkpoint) if checkpoint else None
+    before = ranks.on_main(lambda: read_state(checkpoint) if checkpoint else None)
     if before and before.step >= recipe.schedule.steps:
         if ranks.is_main:
             print(f"{recipe.run_dir} is finished: {before.step} of {recipe.schedule.steps} steps. Nothing to do")
@@ -166,24 +170,14 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         model.reset_parameters(recipe.seed)
     engine = build_engine(recipe, grid, model, device)
     if before:
-        _check_tokenizers(before, tokenizers, checkpoint)
-        read_for_resume(checkpoint, engine.layout)
-        engine.load(checkpoint)
-    loader = Loader(
-        TokenDataset.open(recipe.data.train),
-        text,
-        spec,
-        recipe.data,
-        seed=recipe.seed,
-        global_size=recipe.batch.global_size,
-        micro_size=recipe.batch.micro_size,
-        data_rank=grid.data_rank,
-        data_size=grid.data_size,
-        state=LoaderState.from_dict(before.loader) if before else None,
-        quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if grid.tensor_rank == 0 else None,
-        image_tokenizer_hash=image.hash,
-    )
-    samples = recipe.samples
+        ranks.together(lambda: _load(engine, checkpoint, before, tokenizers))
+    position = LoaderState.from_dict(before.loader) if before else None
+    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image_hash=image.hash))
+    sampler = None
+    if recipe.samples.every_steps:
+        if engine.layout["zero_stage"] == 3:
+            raise SharedError("samples.every_steps draws with whole weights, which ZeRO stage 3 does not keep; set it to 0")
+        sampler = ranks.together(lambda: Sampler(recipe.samples, engine.model, text, image, seed=recipe.seed))
     run = Run(
         recipe=recipe,
         ranks=ranks,
@@ -191,8 +185,8 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         engine=engine,
         loader=loader,
         log=log,
-        meter=Meter(world_size=ranks.world_size, flops_per_step=0.0, device=device),
-        sampler=Sampler(samples, engine.model, text, image, seed=recipe.seed) if samples.every_steps else None,
+        meter=Meter(world_size=ranks.world_size, flops_per_step=step_flops(recipe, spec), device=device),
+        sampler=sampler,
         tokenizers=tokenizers,
         position=loader.state,
     )
@@ -203,13 +197,35 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
     return run
 
 
-def _check_tokenizers(before: RunState, now: dict[str, str], checkpoint: Path) -> None:
+def _loader(
+    recipe: Recipe, grid: Grid, spec: SequenceSpec, text: TextTokenizer, position: LoaderState | None, *, image_hash: str
+) -> Loader:
+    return Loader(
+        TokenDataset.open(recipe.data.train),
+        text,
+        spec,
+        recipe.data,
+        seed=recipe.seed,
+        global_size=recipe.batch.global_size,
+        micro_size=recipe.batch.micro_size,
+        data_rank=grid.data_rank,
+        data_size=grid.data_size,
+        state=position,
+        quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if grid.tensor_rank == 0 else None,
+        image_tokenizer_hash=image_hash,
+    )
+
+
+def _load(engine: Engine, checkpoint: Path, before: RunState, tokenizers: dict[str, str]) -> None:
+    """Weights and optimizer state of a checkpoint, once it is clear that they belong to these tokenizers and this layout."""
     for kind, key in (("text", "tokens.text_model"), ("image", "tokens.image_model")):
-        if before.tokenizers[kind] != now[kind]:
+        if before.tokenizers[kind] != tokenizers[kind]:
             raise UserError(
                 f"{checkpoint} was trained with {kind} tokenizer {before.tokenizers[kind][:12]}, but {key} is "
-                f"{now[kind][:12]}; name the file it was trained with"
+                f"{tokenizers[kind][:12]}; name the file it was trained with"
             )
+    check_layout(before, checkpoint, engine.layout)
+    engine.load(checkpoint)
 
 
 def _introduce(run: Run, checkpoint: Path | None) -> None:
@@ -217,6 +233,7 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
     recipe, layout = run.recipe, run.engine.layout
     parameters = sum(p.numel() for p in run.engine.model.parameters())
     if run.ranks.is_main:
+        write_recipe(recipe)  # only now: a start that failed above leaves the folder as it was
         (recipe.run_dir / DONE_FILE).unlink(missing_ok=True)
         if config := getattr(run.engine, "config", None):
             write_atomically(recipe.run_dir / "deepspeed.json", (json.dumps(config, indent=2) + "\n").encode())

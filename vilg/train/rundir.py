@@ -51,8 +51,12 @@ def open_run_dir(recipe: Recipe) -> tuple[Path | None, list[str]]:
             notes.append(f"removed what an interrupted save left behind: {', '.join(swept)}")
     for name in (LOGS, SAMPLES):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, dump_recipe(recipe).encode())
     return latest_checkpoint(folder), notes
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Leave the resolved recipe in the folder, which is the run's from then on."""
+    write_atomically(recipe.run_dir / CONFIG_FILE, dump_recipe(recipe).encode())
 
 
 def compare(before: Recipe, now: Recipe, folder: Path) -> list[str]:

@@ -1,0 +1,346 @@
+"""Training as a user starts it, and as several runs inside one process group (importing DeepSpeed takes seconds)."""
+
+import json
+import math
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.helpers import free_port, run_distributed
+from tests.golden.make import (
+    DEBUG_RECIPE,
+    GOLDEN,
+    ROOT,
+    make_data,
+    platform_id,
+    read_losses,
+    train_command,
+    train_environment,
+)
+from vilg.__main__ import main as vilg
+from vilg.checkpoint.load import latest_checkpoint
+from vilg.checkpoint.reader import open_weights
+from vilg.checkpoint.state import STATE_FILE, read_state
+from vilg.config import load_recipe
+from vilg.errors import UserError
+
+Overrides = dict[str, object]
+SHORT = {"schedule.steps": 4, "schedule.warmup_steps": 2, "checkpoint.every_steps": 2, "logging.tensorboard": "false"}
+
+
+@pytest.fixture(scope="module")
+def data(session_tmp) -> Overrides:
+    folder = session_tmp / "training-data"
+    folder.mkdir()
+    return make_data(folder)
+
+
+def arguments(overrides: Overrides) -> list[str]:
+    return [str(DEBUG_RECIPE), *(f"--{key}={value}" for key, value in overrides.items())]
+
+
+def in_one_group(rank: int, world_size: int, runs: list[tuple[Overrides, str | None]]) -> list[str | None]:
+    """Train several recipes, one after another, in one process group; the error message of each, None if it had none.
+
+    The string names a mishap of MISHAPS that befalls the run.
+    """
+    from vilg.train.distributed import distributed
+    from vilg.train.loop import train
+
+    errors = []
+    with distributed(torch.device("cpu")) as ranks:
+        for overrides, mishap in runs:
+            with pytest.MonkeyPatch.context() as patch:
+                if mishap:
+                    MISHAPS[mishap](patch, rank)
+                try:
+                    recipe = load_recipe(DEBUG_RECIPE, [f"{k}={v}" for k, v in overrides.items()], world_size=world_size)
+                    train(recipe, ranks, torch.device("cpu"))
+                    errors.append(None)
+                except UserError as error:
+                    errors.append(str(error))
+    return errors
+
+
+def _signal_one_rank(patch, rank: int) -> None:
+    """SIGTERM to the last rank alone, in the middle of the run."""
+    from vilg.train.run import Run
+
+    finish = Run.finish_step
+
+    def finish_and_signal(self, plan, result, tokens):
+        finish(self, plan, result, tokens)
+        if plan.step == 7 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patch.setattr(Run, "finish_step", finish_and_signal)
+
+
+def _nan_on_one_rank(patch, rank: int) -> None:
+    """One rank's loss is NaN in step 2."""
+    import vilg.train.deepspeed_engine as module
+
+    original = module.micro_batch_loss
+
+    def spoiled(forward, batch, plan, seeds, grid):
+        loss, sums = original(forward, batch, plan, seeds, grid)
+        return (loss * math.nan if plan.step == 2 and rank == 1 else loss), sums
+
+    patch.setattr(module, "micro_batch_loss", spoiled)
+
+
+def _disk_fills(patch, rank: int) -> None:
+    """No file may grow beyond 20 kB from step 3 on."""
+    from vilg.train.run import Run
+
+    finish = Run.finish_step
+
+    def finish_and_fill(self, plan, result, tokens):
+        finish(self, plan, result, tokens)
+        if plan.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    patch.setattr(Run, "finish_step", finish_and_fill)
+
+
+MISHAPS = {"signal": _signal_one_rank, "nan": _nan_on_one_rank, "full disk": _disk_fills}
+
+
+@pytest.fixture(scope="module")
+def two_processes(data, session_tmp) -> dict[str, Path]:
+    """Runs with two processes, by name."""
+    folder = session_tmp / "two"
+    bf16 = {"precision": "bf16", "schedule.steps": 12, "checkpoint.every_steps": 5}
+    both = {"data.directions": "both", "loss.reduction": "sum"}
+    plans: list[tuple[str, Overrides, str | None]] = [
+        ("alternate", {}, None),
+        ("alternate, accumulated", {"batch.micro_size": 2}, None),
+        ("both", both, None),
+        ("both, accumulated", {**both, "batch.micro_size": 4}, None),
+        ("zero3", {"parallel.deepspeed": ROOT / "ds_configs" / "zero3.json"}, None),
+        ("bf16", bf16, None),
+        ("bf16 stopped", bf16, "signal"),
+        ("bf16 stopped", bf16, None),
+        ("nan", {}, "nan"),
+    ]
+    runs = [({**data, **SHORT, "run_dir": folder / name.replace(", ", "-"), **own}, mishap) for name, own, mishap in plans]
+    for errors in run_distributed(2, in_one_group, (runs,), init=False):
+        assert errors == [None] * len(plans)
+    return {name: folder / name.replace(", ", "-") for name, *_ in plans}
+
+
+@pytest.fixture(scope="module")
+def references(data, session_tmp) -> dict[str, list[float]]:
+    """Losses of one process: plain PyTorch in this process, DeepSpeed in another."""
+    folder = session_tmp / "one"
+    found = {}
+    for name, own in (("alternate", {}), ("both", {"data.directions": "both", "loss.reduction": "sum"})):
+        run_dir = folder / name
+        assert vilg(["train", *arguments({**data, **SHORT, **own, "parallel.engine": "torch", "run_dir": run_dir})]) == 0
+        found[name] = read_losses(run_dir)
+    run_dir = folder / "deepspeed"
+    assert run_distributed(1, in_one_group, ([({**data, **SHORT, "run_dir": run_dir}, None)],), init=False) == [[None]]
+    found["deepspeed"] = read_losses(run_dir)
+    return found
+
+
+@pytest.fixture(scope="module")
+def golden_run(data, session_tmp) -> tuple[Path, str]:
+    """The debug recipe as a user starts it with two processes, killed and stopped on the way; folder and console."""
+    run_dir = session_tmp / "golden"
+    overrides = {**data, "run_dir": run_dir, "checkpoint.every_steps": 10, "logging.every_steps": 1}
+    command = train_command(overrides, processes=2)
+    console = []
+    for until, number in ((13, signal.SIGKILL), (27, signal.SIGINT), (None, None)):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=train_environment(), text=True, errors="replace", start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            if until:
+                wait_for_step(run_dir, until, process)
+                for target in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    target.send_signal(number)
+            output, _ = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        console.append(output)
+    assert process.returncode == 0, console[-1]
+    return run_dir, console[-1]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    """Return when the run has logged `step`."""
+    path = run_dir / "logs" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.exists() or f'"step": {step},' not in path.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.02)
+
+
+def test_golden_losses_survive_kill_and_ctrl_c_in_every_digit(golden_run):
+    run_dir, console = golden_run
+    golden = json.loads(GOLDEN.read_text())
+    losses = read_losses(run_dir)
+    assert "continuing from" in console and "Traceback" not in console and (run_dir / "DONE").exists()
+    if golden["platform"] == platform_id():
+        assert losses == golden["losses"]
+    else:
+        assert losses == pytest.approx(golden["losses"], rel=1e-3)
+
+
+def test_log_line_has_units(golden_run):
+    number = r"\d+(\.\d+)?"
+    pattern = (
+        rf"step 50/50  loss {number} \(image {number} text {number}\)  lr \S+  grad {number}  {number}k? tok/s/rank  "
+        rf"data \d+%  mem {number} GiB  eta 0s"
+    )
+    assert re.search(pattern, golden_run[1])
+
+
+def test_a_finished_run_says_so_and_does_nothing(golden_run, data, capsys):
+    run_dir, _ = golden_run
+    before = (run_dir / "logs" / "metrics.jsonl").read_bytes()
+    done = {**data, "run_dir": run_dir, "checkpoint.every_steps": 10, "logging.every_steps": 1}
+    assert vilg(["train", *arguments(done)]) == 0
+    assert "is finished: 50 of 50 steps" in capsys.readouterr().out
+    assert (run_dir / "logs" / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_recipe_or_layout_in_the_run_folder_is_refused_and_nothing_lost(golden_run, data, capsys):
+    run_dir, _ = golden_run
+    config = (run_dir / "config.yaml").read_bytes()
+    assert vilg(["train", *arguments({**data, "run_dir": run_dir, "model.dropout": 0.2})]) == 2
+    assert "model.dropout: 0.1 there, 0.2 here" in capsys.readouterr().err
+    longer = {**data, "run_dir": run_dir, "schedule.steps": 60, "parallel.engine": "torch"}
+    assert vilg(["train", *arguments(longer)]) == 2
+    assert "engine=deepspeed" in capsys.readouterr().err
+    assert (run_dir / "config.yaml").read_bytes() == config and (run_dir / "DONE").exists()
+
+
+def test_inspect_reports_layout_and_notices_a_cut_file(golden_run, tmp_path, capsys):
+    run_dir, _ = golden_run
+    assert vilg(["inspect", str(run_dir), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["step"] == 50 and report["layout"]["data"] == 2 and report["finished"] and report["whole"]
+    latest = latest_checkpoint(run_dir)
+    copy = tmp_path / latest.name
+    copy.mkdir()
+    for path in latest.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "mp_rank_00_model_states.pt").write_bytes(b"short")
+    assert vilg(["inspect", str(copy)]) == 1
+    assert "mp_rank_00_model_states.pt: has 5 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("run", "reference"), [
+    ("alternate", "alternate"),
+    ("alternate, accumulated", "alternate"),
+    ("both", "both"),
+    ("both, accumulated", "both"),
+    ("zero3", "alternate"),
+])  # fmt: skip
+def test_two_processes_give_the_losses_of_one(two_processes, references, run, reference):
+    assert read_losses(two_processes[run]) == pytest.approx(references[reference], rel=1e-5)
+
+
+def test_deepspeed_alone_gives_the_losses_of_plain_pytorch(references):
+    assert references["deepspeed"] == pytest.approx(references["alternate"], rel=1e-5)
+
+
+def test_bf16_run_stopped_by_a_signal_to_one_rank_continues_in_every_digit(two_processes):
+    assert read_losses(two_processes["bf16 stopped"]) == read_losses(two_processes["bf16"])
+    log = (two_processes["bf16 stopped"] / "logs" / "rank_0.log").read_text()
+    assert "stopping after step 7" in log and "continuing from" in log
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(two_processes):
+    run_dir = two_processes["nan"]
+    rows = [json.loads(line) for line in (run_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [False, True, False, False]
+    assert rows[1]["grad_norm"] is None and rows[2]["loss"] < rows[0]["loss"]
+    assert read_state(latest_checkpoint(run_dir)).skipped == {"in_a_row": 0, "total": 1}
+
+
+def test_a_full_disk_is_named_and_the_previous_checkpoint_stays(data, tmp_path):
+    run = {**data, **SHORT, "parallel.engine": "torch", "run_dir": tmp_path / "run"}
+    [[error]] = run_distributed(1, in_one_group, ([(run, "full disk")],), init=False)
+    assert "could not be saved" in error and "step_00000002, is intact" in error
+    assert read_state(latest_checkpoint(tmp_path / "run")).step == 2
+    assert vilg(["train", *arguments(run)]) == 0
+    assert len(read_losses(tmp_path / "run")) == 4
+
+
+class Hostile:
+    """Runs a command when it is unpickled carelessly."""
+
+    def __reduce__(self):
+        return os.system, ("touch hostile-was-here",)
+
+
+def test_a_hostile_checkpoint_file_is_refused_when_deepspeed_loads_it(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = {**data, **SHORT, "run_dir": tmp_path / "run"}
+    assert run_distributed(1, in_one_group, ([(run, None)],), init=False) == [[None]]
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    path = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": Hostile()}, path)
+    state = json.loads((checkpoint / STATE_FILE).read_text())
+    state["files"][path.name] = path.stat().st_size
+    (checkpoint / STATE_FILE).write_text(json.dumps(state))
+    [[error]] = run_distributed(1, in_one_group, ([({**run, "schedule.steps": 5}, None)],), init=False)
+    assert path.name in error and "posix.system" in error
+    assert not (tmp_path / "hostile-was-here").exists()
+
+
+@pytest.mark.parametrize("run", ["alternate", "bf16", "zero3"])
+def test_export_is_the_checkpoint_and_is_verified(two_processes, run, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["export", str(two_processes[run]), "--out", str(out), "--dtype", "fp32", "--shard-size", "0.4MB"]
+    assert vilg(command) == 0
+    assert "largest logit difference" in capsys.readouterr().out
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 1
+    tensors = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
+    weights = open_weights(latest_checkpoint(two_processes[run]))
+    assert set(tensors) == set(weights.names)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, weights.read(name, master=True)) and tuple(tensor.shape) == weights.shape(name)
+        if run == "bf16":
+            assert torch.equal(tensor.bfloat16(), weights.read(name, master=False))
+    assert vilg(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_an_export_that_gives_other_logits_is_not_kept(two_processes, tmp_path, capsys, monkeypatch):
+    from vilg.checkpoint import export
+
+    honest = export._converted
+    spoil = "layers.1.attention.qkv.weight"
+    monkeypatch.setattr(export, "_converted", lambda w, n, d: honest(w, n, d).roll(1, 0) if n == spoil else honest(w, n, d))
+    assert vilg(["export", str(two_processes["alternate"]), "--out", str(tmp_path / "out")]) == 2
+    assert "gives other logits" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_is_named(data):
+    port = free_port()
+    environment = {**train_environment(), "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        taken.listen()
+        done = subprocess.run(
+            train_command(data, processes=1), env={**environment, "MASTER_PORT": str(port)}, cwd=ROOT, capture_output=True, text=True
+        )
+    assert done.returncode == 2 and f"MASTER_PORT={port} cannot be listened on" in done.stderr

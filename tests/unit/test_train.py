@@ -1,0 +1,164 @@
+"""The trainer's pure parts: learning rate, loss scales, log, guards, run folder, environment."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.golden.make import DEBUG_RECIPE
+from vilg.config import load_recipe
+from vilg.config.schema import GuardsConfig, OptimizerConfig, ScheduleConfig
+from vilg.errors import UserError
+from vilg.model.vilg import Vilg
+from vilg.parallel.ranks import Ranks, SharedError
+from vilg.tokens.sequence import SequenceSpec
+from vilg.train import rundir
+from vilg.train.distributed import process_environment
+from vilg.train.guards import NonFiniteGuard, StopSignals
+from vilg.train.log import console_line, cut_metrics, duration
+from vilg.train.metrics import Window
+from vilg.train.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
+from vilg.train.step import StepResult, plan_step
+
+
+def recipe(*overrides: str):
+    return load_recipe(DEBUG_RECIPE, overrides, cross_checks=False)
+
+
+def result(*, skipped: bool) -> StepResult:
+    zero = torch.zeros(())
+    return StepResult(zero, zero, zero, math.inf if skipped else 1.0, skipped, 1e-3)
+
+
+def test_learning_rate_warms_up_to_the_peak_and_ends_at_its_share():
+    optimizer = OptimizerConfig(lr=0.5)
+    schedule = ScheduleConfig(steps=100, warmup_steps=10, min_lr_ratio=0.1)
+    rates = [learning_rate(step, optimizer, schedule) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.05) and rates[9] == 0.5
+    assert max(rates) == 0.5 and rates[-1] == pytest.approx(0.05)
+    assert rates[54] == pytest.approx(0.5 * 0.55)  # half way down the cosine
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[9:], rates[10:]))
+
+
+def test_learning_rate_without_warmup_or_decay_is_constant():
+    optimizer = OptimizerConfig(lr=0.5)
+    flat = ScheduleConfig(steps=10, min_lr_ratio=1.0)
+    assert {learning_rate(step, optimizer, flat) for step in range(1, 11)} == {0.5}
+    assert learning_rate(3, optimizer, ScheduleConfig(steps=3, warmup_steps=3)) == 0.5
+
+
+def test_norms_biases_and_embeddings_are_not_decayed():
+    spec = SequenceSpec(16, (8, 8), 512, 512)
+    named = list(Vilg(recipe().model, spec, device="meta").named_parameters())
+    decayed, others = parameter_groups(named, 0.04)
+    by_tensor = {id(p): name for name, p in named}
+    names = {by_tensor[id(p)] for p in decayed["params"]}
+    assert decayed["weight_decay"] == 0.04 and others["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(others["params"]) == len(named)
+    assert names and not any("norm" in n or n.endswith("bias") or "table" in n or "position" in n for n in names)
+
+
+def test_clipping_leaves_small_gradients_and_shortens_long_ones():
+    weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    norm = gradient_norm(weights)
+    assert norm == 5.0
+    clip_gradients(weights, norm, 10.0)
+    assert weights[1].grad == 4.0
+    clip_gradients(weights, norm, 1.0)
+    assert gradient_norm(weights) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_scales_divide_by_targets_or_by_pairs():
+    mean = plan_step(recipe("loss.text_weight=0.5"), 1, text_targets=20, image_targets=0)
+    assert mean.text_scale == 0.5 / 20 and mean.image_scale == 1.0  # no targets: the sum it multiplies is 0
+    plain = plan_step(recipe("loss.reduction=sum"), 1, text_targets=20, image_targets=640)
+    assert plain.text_scale == plain.image_scale == 1 / 16
+
+
+def test_guard_stops_after_more_nonfinite_steps_in_a_row_than_allowed():
+    guard, config = NonFiniteGuard(), GuardsConfig(max_nonfinite_steps=2)
+    assert "2 in a row" in [guard.check(step, result(skipped=True), config) for step in (1, 2)][1]
+    assert guard.check(3, result(skipped=False), config) is None and guard.in_a_row == 0 and guard.total == 2
+    for step in (4, 5):
+        guard.check(step, result(skipped=True), config)
+    with pytest.raises(UserError, match="max_nonfinite_steps=2"):
+        guard.check(6, result(skipped=True), config)
+
+
+@pytest.mark.parametrize("number", StopSignals.SIGNALS)
+def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.asked == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_console_line_carries_units_and_leaves_mfu_out_where_no_peak_is_known():
+    row = {"step": 120, "loss": 5.31, "image_loss": 6.02, "text_loss": None, "lr": 2e-3, "grad_norm": 0.5}
+    window = Window(0.5, 41_200.0, 0.014, int(61.3 * 2**30), None, 3 * 3600 + 12 * 60)
+    line = console_line(row, 5000, window, "gpu")
+    assert line == (
+        "step 120/5000  loss 5.310 (image 6.020)  lr 2.00e-03  grad 0.50  41.2k tok/s/gpu  data 1%  mem 61.3 GiB  eta 3h12m"
+    )
+    assert duration(59.6) == "1m00s" and duration(3) == "3s"
+
+
+def test_metrics_after_the_checkpoint_and_a_cut_line_are_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    cut_metrics(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_run_folder_of_another_recipe_is_refused_with_all_differing_keys(tmp_path):
+    mine = recipe(f"run_dir={tmp_path / 'run'}")
+    rundir.open_run_dir(mine)
+    rundir.write_recipe(mine)
+    with pytest.raises(UserError) as error:
+        rundir.open_run_dir(recipe(f"run_dir={tmp_path / 'run'}", "optimizer.lr=0.1", "model.num_layers=2", "logging.every_steps=1"))
+    assert "optimizer.lr: 0.002 there, 0.1 here" in str(error.value) and "model.num_layers" in str(error.value)
+    assert "logging" not in str(error.value)
+    assert load_recipe(tmp_path / "run" / "config.yaml", cross_checks=False) == mine
+
+
+def test_harmless_changes_of_a_recipe_become_notes(tmp_path):
+    mine = recipe(f"run_dir={tmp_path / 'run'}")
+    rundir.open_run_dir(mine)
+    rundir.write_recipe(mine)
+    changed = recipe(f"run_dir={tmp_path / 'run'}", "schedule.steps=60", "samples.temperature=0.5")
+    checkpoint, notes = rundir.open_run_dir(changed)
+    assert checkpoint is None and len(notes) == 2 and "schedule.steps changed from 50 to 60" in notes[1]
+
+
+@pytest.mark.parametrize("content", ["file", "foreign"])
+def test_a_place_that_is_no_run_folder_is_refused(tmp_path, content):
+    if content == "file":
+        (tmp_path / "run").write_text("x")
+    else:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is a file" if content == "file" else "thesis.tex"):
+        rundir.open_run_dir(recipe(f"run_dir={tmp_path / 'run'}"))
+
+
+def test_slurm_variables_become_torch_ones():
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "17000"}
+    found = process_environment(slurm)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("3", "8", "1")
+    assert process_environment({}) == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    del slurm["MASTER_PORT"]
+    with pytest.raises(UserError, match="MASTER_PORT not set"):
+        process_environment(slurm)
+
+
+def test_an_error_on_rank_zero_is_shared():
+    def fail():
+        raise UserError("no such recipe")
+
+    with pytest.raises(SharedError, match="no such recipe"):
+        Ranks().on_main(fail)
