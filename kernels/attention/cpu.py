@@ -56,6 +56,7 @@ class CpuPlan:
     """How the CPU path cuts one batch. `padding`: bool [B, 1, T, 1] of text rows to be zeroed, None if there are none."""
 
     text_slots: int
+    whole: bool  # one band over the whole sequence
     pieces: tuple[Band | Lines, ...]
     padding: torch.Tensor | None
 
@@ -120,7 +121,7 @@ def cpu_plan(
     padding = None
     if text_slots and int(text_len.min()) < text_slots:
         padding = (slots(0, text_slots) >= text_len[:, None])[:, None, :, None]
-    return CpuPlan(text_slots, tuple(pieces), padding)
+    return CpuPlan(text_slots, whole, tuple(pieces), padding)
 
 
 def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: CpuPlan, scale: float) -> torch.Tensor:
@@ -132,6 +133,7 @@ class _CpuAttention(torch.autograd.Function):
     """Saves the probabilities of every piece: on a CPU a matmul and an exp cost more than reading them back."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # every matmul in the dtype of q, the backward's as well
     def forward(ctx, q, k, v, plan, scale):
         batch, heads, slots, channels = q.shape
         flat = (batch * heads, slots, channels)
@@ -157,10 +159,13 @@ class _CpuAttention(torch.autograd.Function):
             grad_out = grad_out.clone()
             _zero_padding(grad_out, ctx.plan)
         grad_out = grad_out.view(q.shape)
-        grads = tuple(torch.zeros_like(t) for t in (q, k, v))  # padding and unseen keys stay exactly zero
-        for piece, probabilities in zip(ctx.plan.pieces, saved):
-            step = _lines_backward if isinstance(piece, Lines) else _band_backward
-            step(q, k, v, grad_out, probabilities, grads, piece, ctx.plan.text_slots)
+        if ctx.plan.whole:
+            grads = _band_gradients(q, k, v, grad_out, saved[0], ctx.plan.pieces[0])
+        else:
+            grads = tuple(torch.zeros_like(t) for t in (q, k, v))  # padding and unseen keys stay exactly zero
+            for piece, probabilities in zip(ctx.plan.pieces, saved):
+                step = _lines_backward if isinstance(piece, Lines) else _band_backward
+                step(q, k, v, grad_out, probabilities, grads, piece, ctx.plan.text_slots)
         grads[0].mul_(ctx.scale)
         return *(g.view(ctx.shape) for g in grads), None, None
 
@@ -199,17 +204,28 @@ def _add_band(grad: torch.Tensor, part: torch.Tensor, band: Band) -> None:
 def _band_forward(q, k, v, out, band: Band, text_slots: int, heads: int) -> torch.Tensor:
     logits = torch.bmm(q[:, band.start : band.stop], _band_keys(k, band).transpose(1, 2))
     probabilities = _softmax(logits, band.bias, heads)
-    out[:, band.start : band.stop] = torch.bmm(probabilities, _band_keys(v, band))
+    rows = out[:, band.start : band.stop]
+    if rows.is_contiguous():
+        torch.bmm(probabilities, _band_keys(v, band), out=rows)
+    else:
+        rows.copy_(torch.bmm(probabilities, _band_keys(v, band)))
     return probabilities
 
 
+def _band_gradients(q, k, v, grad_out, probabilities, band: Band) -> tuple[torch.Tensor, ...]:
+    """Gradients of the band's queries, keys and values; that of the queries still lacks the scale."""
+    rows = slice(band.start, band.stop)
+    grad_values = torch.bmm(probabilities.transpose(1, 2), grad_out[:, rows])
+    grad_logits = torch.bmm(grad_out[:, rows], _band_keys(v, band).transpose(1, 2))
+    grad_logits = _softmax_backward(grad_logits, probabilities)
+    return torch.bmm(grad_logits, _band_keys(k, band)), torch.bmm(grad_logits.transpose(1, 2), q[:, rows]), grad_values
+
+
 def _band_backward(q, k, v, grad_out, probabilities, grads, band: Band, text_slots: int) -> None:
-    grad_q, grad_k, grad_v = grads
-    grad_rows = grad_out[:, band.start : band.stop]
-    _add_band(grad_v, torch.bmm(probabilities.transpose(1, 2), grad_rows), band)
-    grad_logits = _softmax_backward(torch.bmm(grad_rows, _band_keys(v, band).transpose(1, 2)), probabilities)
-    grad_q[:, band.start : band.stop] = torch.bmm(grad_logits, _band_keys(k, band))
-    _add_band(grad_k, torch.bmm(grad_logits.transpose(1, 2), q[:, band.start : band.stop]), band)
+    grad_queries, grad_keys, grad_values = _band_gradients(q, k, v, grad_out, probabilities, band)
+    grads[0][:, band.start : band.stop] = grad_queries
+    _add_band(grads[1], grad_keys, band)
+    _add_band(grads[2], grad_values, band)
 
 
 def _split_lines(x: torch.Tensor, lines: Lines, text_slots: int) -> torch.Tensor:

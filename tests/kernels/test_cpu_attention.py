@@ -66,6 +66,17 @@ def test_one_plan_serves_every_layer_of_a_batch():
         assert torch.equal(with_plan, without)
 
 
+@pytest.mark.parametrize("pattern", ["row", "conv"])
+def test_autocast_changes_nothing_for_bf16_inputs(pattern, always_cut):
+    inputs, tensors = batch_for("mixed", (3, 5), 6)
+    half = [t.bfloat16() for t in inputs]
+    call = dict(grid=(3, 5), pattern=pattern, **tensors)
+    want = output_and_gradients(sparse_attention, *half, **call)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = output_and_gradients(sparse_attention, *half, **call)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 def test_plan_of_another_pattern_is_refused():
     inputs, tensors = batch_for("mixed", (3, 5), 6)
     plan = attention_plan(grid=(3, 5), pattern="row", text_slots=6, **tensors)

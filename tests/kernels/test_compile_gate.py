@@ -1,0 +1,26 @@
+"""Kernels compile ahead of time for A100 and H100 without spills, within shared memory, with tensor cores."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run_gate(repository, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.compile_gate", *arguments]
+    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+
+
+def test_the_10b_models_kernels_pass_the_compile_gate(repository):
+    result = run_gate(repository, "--patterns", "row", "--channels", "64")
+    assert result.returncode == 0 and "8 kernels compiled, 0 with problems" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("channels", ["32", "64", "80", "128"])
+def test_every_kernel_passes_the_compile_gate(repository, dtype, channels):
+    result = run_gate(repository, "--dtypes", dtype, "--channels", channels)
+    assert result.returncode == 0, result.stdout + result.stderr
