@@ -90,8 +90,8 @@ def initial_value(
     """The whole parameter at the start, fp32 [shape] on the CPU: a function of (seed, name) and the model's shape only.
 
     Every parallel layout starts from the same weights because each rank draws the whole parameter with the parameter's
-    own generator and keeps its part. The 10B model's largest is 268 MB; drawing all 9.8B values takes a core about two
-    minutes, a tensor rank of a pipeline stage only its stage's share.
+    own generator and keeps its part. The 10B model's largest is 268 MB; a core draws all 10B values in about a minute,
+    and a pipeline stage draws its share only.
     """
     rule = rule_of(name)
     if rule.init in ("zeros", "ones"):
