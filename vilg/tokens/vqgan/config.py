@@ -62,7 +62,7 @@ class ReconstructionLossConfig(Section):
 class TrainConfig(Section):
     """AdamW with linear warm-up and cosine to zero."""
 
-    steps: PositiveInt = Field(1200, description="Optimizer steps.")
+    steps: PositiveInt = Field(1600, description="Optimizer steps.")
     batch_size: PositiveInt = Field(32, description="Images per step over all processes; a multiple of their number.")
     lr: float = Field(4e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")

@@ -34,7 +34,7 @@ class Place:
 
 
 class Autoencoder(nn.Module):
-    """Tokenizer and training quantizer as one module, so that data parallelism sees one forward pass."""
+    """Tokenizer and training quantizer: one forward pass with gradients through the codes."""
 
     def __init__(self, tokenizer: ImageTokenizer, recipe: ImageTokenizerRecipe, *, synchronise: bool):
         super().__init__()
@@ -102,10 +102,6 @@ def train(recipe: ImageTokenizerRecipe, data: ImageData, out: Path, place: Place
     torch.manual_seed(int(seeded_random(recipe.seed, "initial weights", 0).integers(2**62)))
     tokenizer = ImageTokenizer(recipe.model).to(place.device)
     autoencoder = Autoencoder(tokenizer, recipe, synchronise=place.world_size > 1).to(place.device)
-    model = autoencoder
-    if place.world_size > 1:
-        ids = [place.device.index] if place.device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(autoencoder, device_ids=ids, broadcast_buffers=False)
     torch.manual_seed(int(seeded_random(recipe.seed, "renewal of codes", place.rank).integers(2**62)))
     optimizer = _optimizer(tokenizer, recipe)
     progress = Progress(recipe.model.num_codes, place.device)
@@ -116,10 +112,12 @@ def train(recipe: ImageTokenizerRecipe, data: ImageData, out: Path, place: Place
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
         images = to_float(batch.to(place.device, non_blocking=True))
-        output, codes, commitment = model(images)
+        output, codes, commitment = autoencoder(images)
         loss = reconstruction_loss(output, images, recipe.loss) + commitment
         optimizer.zero_grad()
         loss.backward()
+        if place.world_size > 1:
+            _average_gradients(tokenizer, place.world_size)
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), config.grad_clip)
         if not torch.isfinite(norm):
             raise UserError(f"step {step + 1}: loss {loss.item():.4g}, gradient {norm.item():.4g}: diverged; lower train.lr")
@@ -135,6 +133,19 @@ def train(recipe: ImageTokenizerRecipe, data: ImageData, out: Path, place: Place
             draw_sheet(tokenizer, data.held_back, out / f"recon_{done:06d}.png", place.device)
     autoencoder.quantizer.copy_to(tokenizer.codebook)
     return tokenizer.eval().requires_grad_(False)
+
+
+def _average_gradients(module: nn.Module, world_size: int) -> None:
+    """Mean over all ranks, in one collective: the network is small, and many small messages cost more than its step.
+
+    Ranks begin with equal weights (one seed) and stay equal, as each makes the same update.
+    """
+    gradients = [p.grad for p in module.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _optimizer(tokenizer: ImageTokenizer, recipe: ImageTokenizerRecipe) -> torch.optim.Optimizer:
