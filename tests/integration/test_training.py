@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,28 +141,25 @@ def two_processes(data, session_tmp) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def references(data, session_tmp) -> dict[str, list[float]]:
-    """Losses of one process: plain PyTorch in this process, DeepSpeed in another."""
+def one_process(data, session_tmp) -> dict[str, Path]:
+    """Runs of one process, by name: plain PyTorch in this process, DeepSpeed in another."""
     folder = session_tmp / "one"
-    found = {}
     for name, own in (("alternate", {}), ("both", {"data.directions": "both", "loss.reduction": "sum"})):
-        run_dir = folder / name
-        assert vilg(["train", *arguments({**data, **SHORT, **own, "parallel.engine": "torch", "run_dir": run_dir})]) == 0
-        found[name] = read_losses(run_dir)
-    run_dir = folder / "deepspeed"
-    assert run_distributed(1, in_one_group, ([({**data, **SHORT, "run_dir": run_dir}, None)],), init=False) == [[None]]
-    found["deepspeed"] = read_losses(run_dir)
-    return found
+        overrides = {**data, **SHORT, **own, "parallel.engine": "torch", "run_dir": folder / name}
+        assert vilg(["train", *arguments(overrides)]) == 0
+    deepspeed = {**data, **SHORT, "run_dir": folder / "deepspeed"}
+    assert run_distributed(1, in_one_group, ([(deepspeed, None)],), init=False) == [[None]]
+    return {name: folder / name for name in ("alternate", "both", "deepspeed")}
 
 
 @pytest.fixture(scope="module")
 def golden_run(data, session_tmp) -> tuple[Path, str]:
-    """The debug recipe as a user starts it with two processes, killed and stopped on the way; folder and console."""
+    """The debug recipe as a user starts it with two processes, killed outright on the way; folder and console."""
     run_dir = session_tmp / "golden"
     overrides = {**data, "run_dir": run_dir, "checkpoint.every_steps": 10, "logging.every_steps": 1}
     command = train_command(overrides, processes=2)
     console = []
-    for until, number in ((13, signal.SIGKILL), (27, signal.SIGINT), (None, None)):
+    for until, number in ((13, signal.SIGKILL), (None, None)):
         process = subprocess.Popen(
             command, cwd=ROOT, env=train_environment(), text=True, errors="replace", start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -189,7 +187,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_golden_losses_survive_kill_and_ctrl_c_in_every_digit(golden_run):
+def test_golden_losses_survive_kill_9_in_every_digit(golden_run):
     run_dir, console = golden_run
     golden = json.loads(GOLDEN.read_text())
     losses = read_losses(run_dir)
@@ -251,12 +249,17 @@ def test_inspect_reports_layout_and_notices_a_cut_file(golden_run, tmp_path, cap
     ("both, accumulated", "both"),
     ("zero3", "alternate"),
 ])  # fmt: skip
-def test_two_processes_give_the_losses_of_one(two_processes, references, run, reference):
-    assert read_losses(two_processes[run]) == pytest.approx(references[reference], rel=1e-5)
+def test_two_processes_give_the_losses_of_one(two_processes, one_process, run, reference):
+    assert read_losses(two_processes[run]) == pytest.approx(read_losses(one_process[reference]), rel=1e-5)
 
 
-def test_deepspeed_alone_gives_the_losses_of_plain_pytorch(references):
-    assert references["deepspeed"] == pytest.approx(references["alternate"], rel=1e-5)
+def test_deepspeed_alone_gives_the_losses_and_norms_of_plain_pytorch(one_process):
+    assert read_losses(one_process["deepspeed"]) == pytest.approx(read_losses(one_process["alternate"]), rel=1e-5)
+    norms = [
+        [json.loads(line)["grad_norm"] for line in (one_process[name] / "logs" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("deepspeed", "alternate")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_bf16_run_stopped_by_a_signal_to_one_rank_continues_in_every_digit(two_processes):
@@ -289,17 +292,17 @@ class Hostile:
         return os.system, ("touch hostile-was-here",)
 
 
-def test_a_hostile_checkpoint_file_is_refused_when_deepspeed_loads_it(data, tmp_path, monkeypatch):
+def test_a_hostile_checkpoint_file_is_refused_when_deepspeed_loads_it(data, one_process, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = {**data, **SHORT, "run_dir": tmp_path / "run"}
-    assert run_distributed(1, in_one_group, ([(run, None)],), init=False) == [[None]]
+    shutil.copytree(one_process["deepspeed"], tmp_path / "run")
     checkpoint = latest_checkpoint(tmp_path / "run")
     path = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": Hostile()}, path)
     state = json.loads((checkpoint / STATE_FILE).read_text())
     state["files"][path.name] = path.stat().st_size
     (checkpoint / STATE_FILE).write_text(json.dumps(state))
-    [[error]] = run_distributed(1, in_one_group, ([({**run, "schedule.steps": 5}, None)],), init=False)
+    longer = {**data, **SHORT, "run_dir": tmp_path / "run", "schedule.steps": 5}
+    [[error]] = run_distributed(1, in_one_group, ([(longer, None)],), init=False)
     assert path.name in error and "posix.system" in error
     assert not (tmp_path / "hostile-was-here").exists()
 

@@ -6,7 +6,6 @@ The traps this file steps around are DeepSpeed 0.19's: a JIT build at start, opt
 
 import contextlib
 import io
-import json
 import logging
 import os
 import sys
@@ -53,7 +52,7 @@ class DeepSpeedEngine:
         model = model.to(device).train()
         groups = optim.parameter_groups(list(model.named_parameters()), recipe.optimizer.weight_decay)
         optimizer, self.optimizer_name = optim.build_adamw(groups, recipe.optimizer, device)
-        with _silent():
+        with _silent(), _without_muon():
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -131,11 +130,6 @@ class DeepSpeedEngine:
         return (split + whole).sqrt()
 
 
-def write_config(config: dict[str, Any], run_dir: Path) -> None:
-    """The merged DeepSpeed config, for people."""
-    (run_dir / "deepspeed.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def _import_deepspeed(device: torch.device):
     """DeepSpeed, initialised on the existing process group, warnings only."""
     if device.type == "cpu":
@@ -181,6 +175,20 @@ def _checkpoint_engine():
             return load_tensors(path, map_location=map_location, classes=classes)
 
     return TensorFiles()
+
+
+@contextlib.contextmanager
+def _without_muon() -> Iterator[None]:
+    """Hide DeepSpeed's Muon, which `initialize` looks for and does without: its import loads torch's compiler (2-5 s)."""
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextlib.contextmanager
