@@ -107,7 +107,9 @@ def test_same_captions_give_same_bytes(tokenizer, tmp_path):
 def test_a_larger_corpus_is_sampled_reproducibly_and_from_everywhere():
     numbers = [str(i) for i in range(5000)]
     sample = text_tokens._seeded_sample(numbers, 500, seed=3)
-    assert sample == text_tokens._seeded_sample(numbers, 500, seed=3) != text_tokens._seeded_sample(numbers, 500, seed=4)
+    assert (
+        sample == text_tokens._seeded_sample(numbers, 500, seed=3) != text_tokens._seeded_sample(numbers, 500, seed=4)
+    )
     assert len(set(sample)) == 500
     assert 2200 < np.mean([int(i) for i in sample]) < 2800
 
@@ -127,7 +129,11 @@ def test_statistics_count_the_tokens_of_the_captions(tokenizer, tmp_path):
     captions = ["horse", "horse horse horse", "  "]
     statistics = train_text_tokenizer(captions, tmp_path / "t.model", vocab_size=600)
     lengths = [len(TextTokenizer.load(tmp_path / "t.model").encode(c)) for c in captions[:2]]
-    assert (statistics.num_captions, statistics.max_tokens, statistics.mean_tokens) == (2, max(lengths), np.mean(lengths))
+    assert (statistics.num_captions, statistics.max_tokens, statistics.mean_tokens) == (
+        2,
+        max(lengths),
+        np.mean(lengths),
+    )
     assert json.loads((tmp_path / "t.json").read_text())["hash"] == statistics.hash
     assert statistics.byte_share == 0
     assert tokenizer.byte_share(tokenizer.encode("한국어")) > 0.8
@@ -171,7 +177,12 @@ def test_load_refuses_a_missing_file_and_other_content(tmp_path):
 def test_load_refuses_models_trained_otherwise(settings, message, tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CAPTIONS), model_writer=model, vocab_size=80, hard_vocab_limit=False, minloglevel=2, **settings
+        sentence_iterator=iter(CAPTIONS),
+        model_writer=model,
+        vocab_size=80,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **settings,
     )
     (tmp_path / "other.model").write_bytes(model.getvalue())
     with pytest.raises(UserError, match=message):

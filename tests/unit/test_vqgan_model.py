@@ -93,7 +93,9 @@ def test_decode_refuses_other_codes(tokenizer, codes):
 def test_nearest_code_agrees_with_brute_force(lookup):
     torch.manual_seed(0)
     codebook = Codebook(40, 6, lookup)
-    codebook.vectors.copy_(torch.nn.functional.normalize(torch.randn(40, 6)) if lookup == "cosine" else torch.randn(40, 6))
+    codebook.vectors.copy_(
+        torch.nn.functional.normalize(torch.randn(40, 6)) if lookup == "cosine" else torch.randn(40, 6)
+    )
     vectors = torch.randn(2, 6, 5, 5) * 3
     flat = vectors.permute(0, 2, 3, 1).reshape(-1, 1, 6)
     if lookup == "cosine":
@@ -169,13 +171,19 @@ MODEL = SMALL.model_dump(mode="json")
         (lambda f: (f / "config.json").unlink(), "not an image tokenizer: config.json: No such file"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "'format' is 'list'"),
-        (lambda f: edit_description(f, format="vilg-export"), "config.json: not an image tokenizer: 'format' is 'vilg-export'"),
+        (
+            lambda f: edit_description(f, format="vilg-export"),
+            "config.json: not an image tokenizer: 'format' is 'vilg-export'",
+        ),
         (lambda f: edit_description(f, format_version=2), r"format_version 2 is not known here \(known: 1\)"),
         (lambda f: edit_description(f, model={**MODEL, "windwo": 3}), "config.json: windwo"),
         (lambda f: edit_description(f, model={**MODEL, "architecture": "unheard"}), "config.json: architecture"),
         (lambda f: edit_description(f, model={**MODEL, "lookup": "cosine"}), "do not belong together"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: cannot read"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"junk" * 9), "model.safetensors: not a whole safetensors file"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"junk" * 9),
+            "model.safetensors: not a whole safetensors file",
+        ),
         (lambda f: edit_tensors(f, lambda t: t.pop("decoder.stem.weight")), "decoder.stem.weight is missing"),
         (lambda f: edit_tensors(f, lambda t: t.update(extra=torch.zeros(1))), "extra is not of this architecture"),
         (

@@ -38,7 +38,8 @@ def trained(shards, tmp_path_factory):
 def test_a_finished_folder_holds_tokenizer_figures_and_sheets(trained):
     names = {p.name for p in trained.iterdir()}
     assert names == {
-        "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "metrics.jsonl", "recon.png", "recon_000100.png",
+        "config.json", "model.safetensors", "recipe.yaml", "metrics.json", "metrics.jsonl", "recon.png",
+        "recon_000100.png",
     }  # fmt: skip
     metrics = json.loads((trained / "metrics.json").read_text())
     tokenizer = ImageTokenizer.load(trained)
@@ -74,9 +75,24 @@ def test_a_diverging_loss_stops_the_training(shards, tmp_path, monkeypatch):
 
 
 def arguments(shards, out, *more):
-    settings = ["model.image_size=16", "model.num_codes=32", "model.code_dim=8", "model.encoder_width=16", "train.steps=4"]
+    settings = [
+        "model.image_size=16",
+        "model.num_codes=32",
+        "model.code_dim=8",
+        "model.encoder_width=16",
+        "train.steps=4",
+    ]
     settings += ["model.decoder_width=16", "model.decoder_blocks=1", "train.batch_size=8", "train.held_back=16"]
-    return ["--data", str(shards), "--out", str(out), "--device", "cpu", *(a for s in settings for a in ("--set", s)), *more]
+    return [
+        "--data",
+        str(shards),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        *(a for s in settings for a in ("--set", s)),
+        *more,
+    ]
 
 
 def test_the_command_runs_once_and_knows_its_finished_work(shards, tmp_path, capsys):

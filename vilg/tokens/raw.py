@@ -1,4 +1,4 @@
-"""A plain streaming reader of raw image-text shards, as img2dataset writes them: `key.jpg|png|webp`, `key.txt`, `key.json`.
+"""A plain streaming reader of raw shards as img2dataset writes them: `key.jpg|png|webp`, `key.txt`, `key.json`.
 
 Enough for training the tokenizers, which read every shard once from front to back. Shards that are indexed, resumed or
 repaired are the data room's business.
@@ -58,7 +58,7 @@ def read_raw(shard: Path, suffixes: Collection[str]) -> Iterator[tuple[str, dict
 
 
 def _check_end(shard: Path, end: int) -> None:
-    """tarfile takes a damaged header, or a file cut between members, for the end: ask for the zero block of a real one."""
+    """tarfile takes a damaged header, or a cut between members, for the end: ask for a real one's zero block."""
     with open(shard, "rb") as stream:
         stream.seek(end)
         block = stream.read(tarfile.BLOCKSIZE)

@@ -43,9 +43,13 @@ class SequenceSpec:
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))
         if len(self.grid) != 2 or min(self.text_slots, *self.grid, self.image_vocab_size) < 1:
-            raise UserError(f"{self}: text slots, two sides of the grid and the image vocabulary must all be at least 1")
+            raise UserError(
+                f"{self}: text slots, two sides of the grid and the image vocabulary must all be at least 1"
+            )
         if self.text_vocab_size <= PAD + 1:
-            raise UserError(f"text vocabulary of {self.text_vocab_size} pieces has no room beside the special ids 0..{PAD}")
+            raise UserError(
+                f"text vocabulary of {self.text_vocab_size} pieces has no room beside the special ids 0..{PAD}"
+            )
 
     @property
     def image_slots(self) -> int:

@@ -38,7 +38,9 @@ def normalise(text: str) -> str:
     """
     text = unicodedata.normalize("NFC", text.replace(_SPACE_MARK, " "))
     kept = (
-        c for c in text if c.isspace() or c in _KEPT_FORMAT_CHARACTERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
+        c
+        for c in text
+        if c.isspace() or c in _KEPT_FORMAT_CHARACTERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
     )
     return " ".join("".join(kept).split())
 
@@ -50,7 +52,7 @@ class TextTokenizer:
     """
 
     def __init__(self, model: bytes, path: Path):
-        """model: content of a SentencePiece file, path: its place, for messages. Raises UserError if it does not fit."""
+        """model: content of a SentencePiece file, path: its place, for messages. Raises UserError if unfit."""
         self.path = Path(path)
         self.hash = hashlib.sha256(model).hexdigest()
         self._model = model
@@ -62,8 +64,8 @@ class TextTokenizer:
         found = tuple(getattr(self._processor, f"{name}_id")() for name in ("unk", "bos", "eos", "pad"))
         if found != (UNKNOWN, BEGIN_OF_TEXT, END_OF_TEXT, PAD):
             raise UserError(
-                f"{path}: ids of unknown, begin, end, pad are {found}; needed {(UNKNOWN, BEGIN_OF_TEXT, END_OF_TEXT, PAD)}: "
-                "train it with `vilg tokenizer train-text`"
+                f"{path}: ids of unknown, begin, end, pad are {found}; needed "
+                f"{(UNKNOWN, BEGIN_OF_TEXT, END_OF_TEXT, PAD)}: train it with `vilg tokenizer train-text`"
             )
         self.vocab_size = self._processor.vocab_size()
         self._is_byte = np.array([self._processor.is_byte(i) for i in range(self.vocab_size)])
@@ -144,7 +146,9 @@ def read_captions(path: Path) -> Iterator[str]:
                 try:
                     yield members["txt"].decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise UserError(f"{shard}: {key}.txt is not UTF-8 ({error.reason} at byte {error.start})") from error
+                    raise UserError(
+                        f"{shard}: {key}.txt is not UTF-8 ({error.reason} at byte {error.start})"
+                    ) from error
         return
     try:
         with open(path, "rb") as lines:
@@ -201,8 +205,8 @@ def train_text_tokenizer(
     except RuntimeError as error:
         characters = len(set(itertools.chain.from_iterable(trainable)))
         raise UserError(
-            f"cannot train a vocabulary of {vocab_size} pieces: the captions hold {characters} distinct characters, and "
-            f"{NUM_SPECIAL + 256} pieces are taken by special ids and bytes; raise --vocab-size or lower "
+            f"cannot train a vocabulary of {vocab_size} pieces: the captions hold {characters} distinct characters, "
+            f"and {NUM_SPECIAL + 256} pieces are taken by special ids and bytes; raise --vocab-size or lower "
             f"--character-coverage (SentencePiece: {error})"
         ) from error
     tokenizer = TextTokenizer(model.getvalue(), Path(out))
@@ -225,9 +229,9 @@ def train_text_tokenizer(
 def _word_seeds(captions: Iterable[str]) -> list[str]:
     """Every distinct ASCII word once more, with a digit behind it.
 
-    SentencePiece proposes as pieces only what stands before two different characters or ends among the *distinct* words,
-    so a small corpus has "horse" spelt in four pieces, however often it occurs. With the second entry the word itself
-    is proposed; the digit is always split off (split_digits), and one entry per distinct word hardly moves the counts.
+    SentencePiece proposes as pieces only what stands before two different characters among the *distinct* words, so a
+    small corpus has "horse" spelt in four pieces, however often it occurs. With the second entry the word itself is
+    proposed; the digit is always split off (split_digits), and one entry per distinct word hardly moves the counts.
     Measured on demo captions: 4.6 tokens a caption in place of 7.5.
     """
     words = {word for caption in captions for word in caption.split(" ") if word.isascii() and word.isalpha()}
@@ -256,9 +260,14 @@ def main(argv: list[str] | None = None) -> int:
         "--captions", type=Path, required=True, help="folder of raw shards (key.txt members), one .tar, or a text file"
     )
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces asked for; a small corpus may fill fewer")
-    parser.add_argument("--out", type=Path, required=True, help="the .model file to write; its statistics go to .json beside it")
     parser.add_argument(
-        "--character-coverage", type=float, default=1.0, help="share of characters that get a piece; 0.9995 for web text"
+        "--out", type=Path, required=True, help="the .model file to write; its statistics go to .json beside it"
+    )
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=1.0,
+        help="share of characters that get a piece; 0.9995 for web text",
     )
     parser.add_argument("--max-captions", type=int, default=2_000_000, help="captions sampled from a larger corpus")
     parser.add_argument("--seed", type=int, default=0, help="of that sample")
@@ -273,7 +282,10 @@ def main(argv: list[str] | None = None) -> int:
         max_captions=options.max_captions,
         seed=options.seed,
     )
-    print(f"{options.out}: {statistics.vocab_size} pieces (asked for {options.vocab_size}) from {statistics.num_captions} captions")
+    print(
+        f"{options.out}: {statistics.vocab_size} pieces (asked for {options.vocab_size}) "
+        f"from {statistics.num_captions} captions"
+    )
     print(
         f"tokens per caption: mean {statistics.mean_tokens:.1f}, 99% at most {statistics.p99_tokens}, longest "
         f"{statistics.max_tokens}; spelt in bytes: {100 * statistics.byte_share:.3f}%"

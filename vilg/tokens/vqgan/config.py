@@ -19,9 +19,12 @@ class ImageTokenizerConfig(Section):
     """Shape of the network; lies in `config.json` beside the weights."""
 
     architecture: Literal["patch"] = Field(
-        "patch", description="patch: every code sees its own factor x factor pixels only, the decoder sees neighbours too."
+        "patch",
+        description="patch: every code sees its own factor x factor pixels only, the decoder sees neighbours too.",
     )
-    image_size: PositiveInt = Field(32, description="Side in pixels of the square images trained on; a multiple of factor.")
+    image_size: PositiveInt = Field(
+        32, description="Side in pixels of the square images trained on; a multiple of factor."
+    )
     factor: PositiveInt = Field(4, description="Pixels per code along each side.")
     num_codes: PositiveInt = Field(512, description="Size of the codebook; at most 65536, as token shards hold uint16.")
     code_dim: PositiveInt = Field(32, description="Width of a code vector.")
@@ -45,7 +48,9 @@ class QuantizerConfig(Section):
 
     decay: Fraction = Field(0.95, description="Share of the moving average kept per step.")
     dead_below: float = Field(
-        1.0, ge=0, description="A code with a moving average of fewer vectors per step is replaced by a random one of the batch."
+        1.0,
+        ge=0,
+        description="A code with a moving average of fewer vectors per step is replaced by a random one of the batch.",
     )
     commitment: float = Field(0.25, ge=0, description="Weight of pulling the encoder's output to its code.")
     kmeans_steps: PositiveInt = Field(8, description="k-means iterations on the first batch, where the codes start.")
@@ -55,7 +60,9 @@ class ReconstructionLossConfig(Section):
     """Weights of the terms of `losses.reconstruction_loss`, on pixels in [-1, 1]."""
 
     l1: float = Field(1.0, ge=0, description="Weight of the mean absolute error.")
-    gradient: float = Field(0.5, ge=0, description="Weight of the mean absolute error of the differences of neighbours.")
+    gradient: float = Field(
+        0.5, ge=0, description="Weight of the mean absolute error of the differences of neighbours."
+    )
     mse: float = Field(2.0, ge=0, description="Weight of the mean squared error.")
 
 
@@ -68,9 +75,12 @@ class TrainConfig(Section):
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(1e-4, ge=0, description="Decoupled weight decay of matrices.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
-    held_back: PositiveInt = Field(512, description="Images kept out of training for the final figures; at most a tenth.")
+    held_back: PositiveInt = Field(
+        512, description="Images kept out of training for the final figures; at most a tenth."
+    )
     memory_mib: PositiveInt = Field(
-        2048, description="Decoded images of a process are held in memory up to this; larger data is read shard by shard."
+        2048,
+        description="Decoded images of a process are held in memory up to this; larger data is read shard by shard.",
     )
     max_bad_fraction: Fraction = Field(0.01, description="Share of unreadable images above which training stops.")
     log_every: PositiveInt = Field(50, description="Steps between log lines.")
@@ -80,7 +90,9 @@ class TrainConfig(Section):
 class ImageTokenizerRecipe(Section):
     """Everything that decides what comes out of a training."""
 
-    seed: int = Field(0, ge=0, description="Initial weights, order of the images and renewal of codes derive from this.")
+    seed: int = Field(
+        0, ge=0, description="Initial weights, order of the images and renewal of codes derive from this."
+    )
     model: ImageTokenizerConfig = ImageTokenizerConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     loss: ReconstructionLossConfig = ReconstructionLossConfig()

@@ -61,8 +61,8 @@ def read_description(folder: Path) -> dict:
         raise UserError(f"{path}: not an image tokenizer: 'format' is {found!r}, needed {FORMAT!r}")
     if description.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version {description.get('format_version')!r} is not known here (known: {FORMAT_VERSION}); "
-            "use the version of vilg that wrote it"
+            f"{path}: format_version {description.get('format_version')!r} is not known here "
+            f"(known: {FORMAT_VERSION}); use the version of vilg that wrote it"
         )
     return description
 

@@ -1,6 +1,7 @@
 """Pictures in and out: the one preprocessing that training, tokenising and evaluation share.
 
-Shapes: B batch, S side in pixels. Stored images are uint8 [S, S, 3] RGB, the network's are float [B, 3, S, S] in [-1, 1].
+Shapes: B batch, S side in pixels. Stored images are uint8 [S, S, 3] RGB, the network's are float [B, 3, S, S] in
+[-1, 1].
 """
 
 import io
@@ -74,7 +75,7 @@ def write_sheet(real: np.ndarray, reconstructed: np.ndarray, path: Path) -> None
     rows = -(-count // _SHEET_COLUMNS)
     width = _SHEET_COLUMNS * (cell + gap) + gap
     sheet = np.full((rows * (2 * cell + 3 * gap) + gap, width, 3), 255, np.uint8)
-    for index, pair in enumerate(zip(real, reconstructed)):
+    for index, pair in enumerate(zip(real, reconstructed, strict=True)):
         row, column = divmod(index, _SHEET_COLUMNS)
         left = gap + column * (cell + gap)
         for line, image in enumerate(pair):

@@ -14,8 +14,8 @@ from vilg.errors import UserError
 from vilg.tokens.files import write_atomically
 from vilg.tokens.vqgan.config import ImageTokenizerRecipe
 from vilg.tokens.vqgan.evaluate import draw_sheet
-from vilg.tokens.vqgan.losses import code_use, psnr_db, reconstruction_loss
 from vilg.tokens.vqgan.images import to_float
+from vilg.tokens.vqgan.losses import code_use, psnr_db, reconstruction_loss
 from vilg.tokens.vqgan.model import ImageTokenizer
 from vilg.tokens.vqgan.source import ImageData, seeded_random
 
@@ -64,7 +64,7 @@ class Progress:
         self._counts += torch.bincount(codes.flatten(), minlength=self._counts.numel())
 
     def draw(self, place: Place) -> dict[str, float]:
-        """loss, psnr_db, codes_used, perplexity, seconds_per_step of the steps since the last call; all ranks call it."""
+        """loss, psnr_db, codes_used, perplexity, seconds_per_step since the last call; all ranks call it."""
         steps = float(self._sums[2])
         if place.world_size > 1:
             dist.all_reduce(self._sums)
@@ -92,7 +92,9 @@ def learning_rate(step: int, recipe: ImageTokenizerRecipe) -> float:
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def train(recipe: ImageTokenizerRecipe, data: ImageData, out: Path, place: Place, *, workers: int = 0) -> ImageTokenizer:
+def train(
+    recipe: ImageTokenizerRecipe, data: ImageData, out: Path, place: Place, *, workers: int = 0
+) -> ImageTokenizer:
     """Run all steps and return the trained tokenizer (the same on every rank), in eval mode.
 
     The leading rank prints log lines and writes metrics.jsonl and sheets into `out`. Raises UserError when the loss is
@@ -108,10 +110,10 @@ def train(recipe: ImageTokenizerRecipe, data: ImageData, out: Path, place: Place
     lines = []
     batches = data.batches(rank=place.rank, world_size=place.world_size, workers=workers)
     started = time.monotonic()
-    for step, batch in zip(range(config.steps), batches):
+    for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
-        images = to_float(batch.to(place.device, non_blocking=True))
+        images = to_float(next(batches).to(place.device, non_blocking=True))
         output, codes, commitment = autoencoder(images)
         loss = reconstruction_loss(output, images, recipe.loss) + commitment
         optimizer.zero_grad()
@@ -120,7 +122,9 @@ def train(recipe: ImageTokenizerRecipe, data: ImageData, out: Path, place: Place
             _average_gradients(tokenizer, place.world_size)
         norm = nn.utils.clip_grad_norm_(tokenizer.parameters(), config.grad_clip)
         if not torch.isfinite(norm):
-            raise UserError(f"step {step + 1}: loss {loss.item():.4g}, gradient {norm.item():.4g}: diverged; lower train.lr")
+            raise UserError(
+                f"step {step + 1}: loss {loss.item():.4g}, gradient {norm.item():.4g}: diverged; lower train.lr"
+            )
         optimizer.step()
         progress.add(loss, output, images, codes)
         done = step + 1
@@ -144,7 +148,7 @@ def _average_gradients(module: nn.Module, world_size: int) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= world_size
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 

@@ -152,13 +152,15 @@ class ImageTokenizer(nn.Module):
         if images.dtype != torch.float32 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be float32 [B, 3, H, W], not {images.dtype} {list(images.shape)}")
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
-            raise ValueError(f"image sides {list(images.shape[2:])} are not multiples of the tokenizer's factor {self.factor}")
+            raise ValueError(
+                f"image sides {list(images.shape[2:])} are not multiples of the tokenizer's factor {self.factor}"
+            )
         with torch.autocast(images.device.type, enabled=False):
             return self.codebook.nearest(self.encoder(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes int64 [B, h, w] -> images float32 [B, 3, H, W], clamped to [-1, 1]. Raises ValueError for other codes."""
+        """codes int64 [B, h, w] -> images float32 [B, 3, H, W], clamped to [-1, 1]. ValueError for other codes."""
         if codes.ndim != 3 or codes.dtype != torch.int64:
             raise ValueError(f"codes must be int64 [B, h, w], not {codes.dtype} {list(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:

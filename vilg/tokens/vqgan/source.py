@@ -1,7 +1,7 @@
 """The images a tokenizer is trained on: held in memory if they fit, else read shard by shard.
 
-Some images are held back for the final figures: of every ten the one that the hash of shard name and key picks, from the
-first shard on, until there are enough. All processes hold back the same ones.
+Some images are held back for the final figures: about one in ten, picked by the hash of shard name and key, from
+the first shard on, until there are enough. All processes hold back the same ones.
 """
 
 import hashlib
@@ -184,5 +184,7 @@ class _Stream(torch.utils.data.IterableDataset):
                     found = True
                     yield image
             if not found:
-                raise UserError(f"{self.shards[0].parent}: reader {reader} of {readers} finds no images; use fewer processes")
+                raise UserError(
+                    f"{self.shards[0].parent}: reader {reader} of {readers} finds no images; use fewer processes"
+                )
             epoch += 1

@@ -44,7 +44,9 @@ def is_finished(out: Path, recipe: ImageTokenizerRecipe, fingerprint: str) -> bo
     if same_recipe and metrics.get("data") == fingerprint:
         return True
     what = "other data" if same_recipe else "another recipe"
-    raise UserError(f"{out}: holds a finished tokenizer of {what}; choose another --out, or replace it with --overwrite")
+    raise UserError(
+        f"{out}: holds a finished tokenizer of {what}; choose another --out, or replace it with --overwrite"
+    )
 
 
 def run(recipe: ImageTokenizerRecipe, folder: Path, out: Path, place: Place, *, workers: int = 0) -> dict[str, object]:
@@ -56,7 +58,11 @@ def run(recipe: ImageTokenizerRecipe, folder: Path, out: Path, place: Place, *, 
         for stale in ("metrics.json", "config.json", "model.safetensors"):
             (out / stale).unlink(missing_ok=True)
         write_atomically(out / "recipe.yaml", dump_tokenizer_recipe(recipe).encode())
-        where = f"{len(data.images)} images in memory" if data.images is not None else f"{len(data.shards)} shards, streamed"
+        where = (
+            f"{len(data.images)} images in memory"
+            if data.images is not None
+            else f"{len(data.shards)} shards, streamed"
+        )
         print(
             f"training on {where}, {len(data.held_back)} held back, {data.bad.bad} unreadable; "
             f"{place.world_size} x {place.device.type}, {torch.get_num_threads()} thread(s) each",
@@ -94,7 +100,9 @@ def joined(device_name: str | None) -> Iterator[Place]:
     device_name: "cpu", "cuda", or None for a GPU if there is one. Raises UserError for a GPU that is not there.
     """
     name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank, world_size = (int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    local_rank, world_size = (
+        int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     if name == "cuda" and torch.cuda.device_count() <= local_rank:
         raise UserError(
             f"--device cuda: process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} "
@@ -125,10 +133,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer, its figures and sheets")
     parser.add_argument("--config", type=Path, help="YAML recipe; every key has a default")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="replace one key, as --set train.steps=500; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace one key, as --set train.steps=500; repeatable",
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
-    parser.add_argument("--workers", type=int, default=2, help="reader processes of each process, when data is streamed")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads of each process; with more than one, set OMP_WAIT_POLICY=PASSIVE"
+        " or a busy machine slows it tenfold",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="reader processes of each process, when data is streamed"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished tokenizer in --out")
     options = parser.parse_args(argv)
@@ -154,8 +174,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if leads:
         print(
-            f"{options.out}: held-back images: psnr {metrics['psnr_db']:.2f} dB, codes used {metrics['codebook_used']} of "
-            f"{metrics['codebook_size']}, perplexity {metrics['perplexity']:.0f}; {metrics['seconds']:.0f} s"
+            f"{options.out}: held-back images: psnr {metrics['psnr_db']:.2f} dB, codes used "
+            f"{metrics['codebook_used']} of {metrics['codebook_size']}, "
+            f"perplexity {metrics['perplexity']:.0f}; {metrics['seconds']:.0f} s"
         )
     return 0
 
