@@ -38,7 +38,14 @@ def make_data(folder: Path) -> dict[str, str]:
     train_text_tokenizer(captions, folder / "text.model", vocab_size=320)
     torch.manual_seed(0)
     shape = ImageTokenizerConfig(
-        image_size=32, factor=4, num_codes=512, code_dim=8, encoder_width=16, encoder_blocks=1, decoder_width=16, decoder_blocks=1
+        image_size=32,
+        factor=4,
+        num_codes=512,
+        code_dim=8,
+        encoder_width=16,
+        encoder_blocks=1,
+        decoder_width=16,
+        decoder_blocks=1,
     )
     image = ImageTokenizer(shape)
     image.save(folder / "image")
@@ -96,7 +103,12 @@ def platform_id() -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": model, "capability": capability, "torch": torch.__version__, "sentencepiece": version("sentencepiece")}
+    return {
+        "cpu": model,
+        "capability": capability,
+        "torch": torch.__version__,
+        "sentencepiece": version("sentencepiece"),
+    }
 
 
 def main() -> None:

@@ -65,7 +65,9 @@ def in_one_group(rank: int, world_size: int, runs: list[tuple[Overrides, str | N
                 if mishap:
                     MISHAPS[mishap](patch, rank)
                 try:
-                    recipe = load_recipe(DEBUG_RECIPE, [f"{k}={v}" for k, v in overrides.items()], world_size=world_size)
+                    recipe = load_recipe(
+                        DEBUG_RECIPE, [f"{k}={v}" for k, v in overrides.items()], world_size=world_size
+                    )
                     train(recipe, ranks, torch.device("cpu"))
                     errors.append(None)
                 except UserError as error:
@@ -134,7 +136,9 @@ def two_processes(data, session_tmp) -> dict[str, Path]:
         ("bf16 stopped", bf16, None),
         ("nan", {}, "nan"),
     ]
-    runs = [({**data, **SHORT, "run_dir": folder / name.replace(", ", "-"), **own}, mishap) for name, own, mishap in plans]
+    runs = [
+        ({**data, **SHORT, "run_dir": folder / name.replace(", ", "-"), **own}, mishap) for name, own, mishap in plans
+    ]
     for errors in run_distributed(2, in_one_group, (runs,), init=False):
         assert errors == [None] * len(plans)
     return {name: folder / name.replace(", ", "-") for name, *_ in plans}
@@ -256,7 +260,10 @@ def test_two_processes_give_the_losses_of_one(two_processes, one_process, run, r
 def test_deepspeed_alone_gives_the_losses_and_norms_of_plain_pytorch(one_process):
     assert read_losses(one_process["deepspeed"]) == pytest.approx(read_losses(one_process["alternate"]), rel=1e-5)
     norms = [
-        [json.loads(line)["grad_norm"] for line in (one_process[name] / "logs" / "metrics.jsonl").read_text().splitlines()]
+        [
+            json.loads(line)["grad_norm"]
+            for line in (one_process[name] / "logs" / "metrics.jsonl").read_text().splitlines()
+        ]
         for name in ("deepspeed", "alternate")
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -331,7 +338,9 @@ def test_an_export_that_gives_other_logits_is_not_kept(two_processes, tmp_path, 
 
     honest = export._converted
     spoil = "layers.1.attention.qkv.weight"
-    monkeypatch.setattr(export, "_converted", lambda w, n, d: honest(w, n, d).roll(1, 0) if n == spoil else honest(w, n, d))
+    monkeypatch.setattr(
+        export, "_converted", lambda w, n, d: honest(w, n, d).roll(1, 0) if n == spoil else honest(w, n, d)
+    )
     assert vilg(["export", str(two_processes["alternate"]), "--out", str(tmp_path / "out")]) == 2
     assert "gives other logits" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -344,6 +353,10 @@ def test_a_port_in_use_is_named(data):
         taken.bind(("", port))
         taken.listen()
         done = subprocess.run(
-            train_command(data, processes=1), env={**environment, "MASTER_PORT": str(port)}, cwd=ROOT, capture_output=True, text=True
+            train_command(data, processes=1),
+            env={**environment, "MASTER_PORT": str(port)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
     assert done.returncode == 2 and f"MASTER_PORT={port} cannot be listened on" in done.stderr

@@ -62,7 +62,11 @@ def test_norms_biases_and_embeddings_are_not_decayed():
 
 
 def test_clipping_leaves_small_gradients_and_shortens_long_ones():
-    weights = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))]
+    weights = [
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Parameter(torch.zeros(1)),
+        torch.nn.Parameter(torch.zeros(1)),
+    ]
     weights[0].grad, weights[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     norm = gradient_norm(weights)
     assert norm == 5.0
@@ -103,7 +107,8 @@ def test_console_line_carries_units_and_leaves_mfu_out_where_no_peak_is_known():
     window = Window(0.5, 41_200.0, 0.014, int(61.3 * 2**30), None, 3 * 3600 + 12 * 60)
     line = console_line(row, 5000, window, "gpu")
     assert line == (
-        "step 120/5000  loss 5.310 (image 6.020)  lr 2.00e-03  grad 0.50  41.2k tok/s/gpu  data 1%  mem 61.3 GiB  eta 3h12m"
+        "step 120/5000  loss 5.310 (image 6.020)  lr 2.00e-03  grad 0.50  "
+        "41.2k tok/s/gpu  data 1%  mem 61.3 GiB  eta 3h12m"
     )
     assert duration(59.6) == "1m00s" and duration(3) == "3s"
 
@@ -120,7 +125,9 @@ def test_run_folder_of_another_recipe_is_refused_with_all_differing_keys(tmp_pat
     rundir.open_run_dir(mine)
     rundir.write_recipe(mine)
     with pytest.raises(UserError) as error:
-        rundir.open_run_dir(recipe(f"run_dir={tmp_path / 'run'}", "optimizer.lr=0.1", "model.num_layers=2", "logging.every_steps=1"))
+        rundir.open_run_dir(
+            recipe(f"run_dir={tmp_path / 'run'}", "optimizer.lr=0.1", "model.num_layers=2", "logging.every_steps=1")
+        )
     assert "optimizer.lr: 0.002 there, 0.1 here" in str(error.value) and "model.num_layers" in str(error.value)
     assert "logging" not in str(error.value)
     assert load_recipe(tmp_path / "run" / "config.yaml", cross_checks=False) == mine
@@ -147,7 +154,13 @@ def test_a_place_that_is_no_run_folder_is_refused(tmp_path, content):
 
 
 def test_slurm_variables_become_torch_ones():
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "17000"}
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "17000",
+    }
     found = process_environment(slurm)
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("3", "8", "1")
     assert process_environment({}) == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

@@ -25,7 +25,9 @@ LAYOUT = dict(engine="torch", precision="fp32", zero_stage=0, data=1, tensor=1, 
 
 
 def state(step: int) -> RunState:
-    return RunState(step, 2 * step, 3 * step, {}, {"in_a_row": 0, "total": 0}, LAYOUT, {"name": "x"}, {"text": "a", "image": "b"})
+    return RunState(
+        step, 2 * step, 3 * step, {}, {"in_a_row": 0, "total": 0}, LAYOUT, {"name": "x"}, {"text": "a", "image": "b"}
+    )
 
 
 def write(folder: Path) -> None:
@@ -162,7 +164,11 @@ def test_objects_that_could_not_be_read_back_are_refused_when_saving(tmp_path):
     value = {"a": [torch.ones(2), (1, "b")], 3: None, "s": torch.Size([2]), "d": torch.bfloat16}
     save_tensors(value, tmp_path / "x.pt")
     found = load_tensors(tmp_path / "x.pt")
-    assert torch.equal(found.pop("a")[0], torch.ones(2)) and found == {3: None, "s": torch.Size([2]), "d": torch.bfloat16}
+    assert torch.equal(found.pop("a")[0], torch.ones(2)) and found == {
+        3: None,
+        "s": torch.Size([2]),
+        "d": torch.bfloat16,
+    }
 
 
 def test_damaged_tensor_files_are_named(tmp_path):

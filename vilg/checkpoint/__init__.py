@@ -1,1 +1,1 @@
-"""Checkpoints: written so that a crash at any byte leaves the last one usable, read without unpickling anything but tensors."""
+"""Checkpoints: a crash at any byte of writing leaves the last one usable; reading unpickles nothing but tensors."""

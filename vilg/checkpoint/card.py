@@ -22,7 +22,8 @@ def model_card(checkpoint: Path, state: RunState, dtype: str, parameters: int) -
         f"{model['attention']} attention |",
         f"| sequence | {tokens['text_slots']} text slots, {tokens['grid'][0]} x {tokens['grid'][1]} image tokens |",
         f"| vocabularies | {tokens['text_vocab_size']} text pieces, {tokens['image_vocab_size']} image codes |",
-        f"| training | step {state.step} of {recipe['schedule']['steps']}, {state.samples:,} pairs, {state.tokens:,} tokens |",
+        f"| training | step {state.step} of {recipe['schedule']['steps']}, "
+        f"{state.samples:,} pairs, {state.tokens:,} tokens |",
         f"| batch, precision | {recipe['batch']['global_size']} pairs, {layout['precision']} |",
         f"| directions | {data['directions']}, caption dropout {data['caption_dropout']} |",
         *_losses(checkpoint, state.step),
@@ -31,7 +32,7 @@ def model_card(checkpoint: Path, state: RunState, dtype: str, parameters: int) -
         "",
         "## Use",
         "",
-        "    vilg generate FOLDER --prompt \"...\" --out picture.png",
+        '    vilg generate FOLDER --prompt "..." --out picture.png',
         "    vilg caption FOLDER picture.png",
         "",
         "The weights are plain safetensors; `config.json` describes the model, `text.model` is a SentencePiece model,",

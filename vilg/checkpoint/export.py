@@ -1,7 +1,7 @@
-"""`vilg export`: a sharded checkpoint becomes one folder for inference, written tensor by tensor and checked before it appears.
+"""`vilg export`: a sharded checkpoint becomes one folder for inference, checked before it appears.
 
-fp32 comes from the optimizer's master weights where the run computed in less; bf16 and fp16 are those rounded, which for a
-bf16 run are exactly the weights it computed with.
+fp32 comes from the optimizer's master weights where the run computed in less. bf16 and fp16 are those rounded, which
+for a run of that precision are exactly the weights it computed with.
 """
 
 import argparse
@@ -121,8 +121,8 @@ def main(argv: Sequence[str]) -> int:
     )
     checked = "not verified" if done.difference is None else f"largest logit difference {done.difference:.2g}"
     print(
-        f"exported step {done.step} to {done.folder}: {done.parameters / 1e6:.1f}M parameters, {done.bytes / 1e6:.1f} MB, "
-        f"{checked}, {time.perf_counter() - started:.1f} s"
+        f"exported step {done.step} to {done.folder}: {done.parameters / 1e6:.1f}M parameters, "
+        f"{done.bytes / 1e6:.1f} MB, {checked}, {time.perf_counter() - started:.1f} s"
     )
     return 0
 
@@ -135,7 +135,10 @@ def _write_tokenizers(folder: Path, state: RunState, text_model: Path | None, im
         ("--image-model", image.hash, state.tokenizers["image"]),
     ):
         if now != trained:
-            raise UserError(f"the tokenizer found has hash {now[:12]}, the run was trained with {trained[:12]}; name that one with {option}")
+            raise UserError(
+                f"the tokenizer found has hash {now[:12]}, the run was trained with {trained[:12]}; "
+                f"name that one with {option}"
+            )
     text.save(folder / TEXT_MODEL_FILE)
     image.save(folder / IMAGE_TOKENIZER_FOLDER)
 
@@ -168,7 +171,10 @@ def _write_weights(
 def _converted(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
     tensor = weights.read(name, master=True).to(dtype).contiguous()
     if not tensor.isfinite().all():
-        raise UserError(f"{weights.folder}: {name} holds numbers that are not finite in {dtype}; choose another checkpoint or --dtype")
+        raise UserError(
+            f"{weights.folder}: {name} holds numbers that are not finite in {dtype}; "
+            "choose another checkpoint or --dtype"
+        )
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 

@@ -1,4 +1,4 @@
-"""`vilg inspect`: what a run or a checkpoint holds, and whether it is whole; no GPU, no DeepSpeed, no unpickling of objects."""
+"""`vilg inspect`: what a run or a checkpoint holds, and whether it is whole; needs no GPU and no DeepSpeed."""
 
 import argparse
 import hashlib
@@ -18,7 +18,9 @@ INCOMPLETE = 1
 
 def main(argv: Sequence[str]) -> int:
     """The command `vilg inspect`: exit code 0 if everything looked at is whole, 1 if not."""
-    parser = argparse.ArgumentParser(prog="vilg inspect", description="What a run or a checkpoint holds; checks that it is whole.")
+    parser = argparse.ArgumentParser(
+        prog="vilg inspect", description="What a run or a checkpoint holds; checks that it is whole."
+    )
     parser.add_argument("path", type=Path, help="a run folder, or one checkpoints/step_*")
     parser.add_argument("--parameters", action="store_true", help="list every parameter with its shape")
     parser.add_argument("--json", action="store_true", help="print one JSON object for machines")
@@ -48,7 +50,12 @@ def _run_report(run: Path) -> dict:
         except UserError:
             whole[path.name] = False
     latest = latest_checkpoint(run)
-    return {"run": str(run), "checkpoints": whole, "latest": latest.name if latest else None, "finished": (run / "DONE").exists()}
+    return {
+        "run": str(run),
+        "checkpoints": whole,
+        "latest": latest.name if latest else None,
+        "finished": (run / "DONE").exists(),
+    }
 
 
 def _checkpoint_report(checkpoint: Path) -> dict:
@@ -78,7 +85,9 @@ def _checkpoint_report(checkpoint: Path) -> dict:
 def _lines(report: dict, parameters: bool) -> list[str]:
     lines = []
     if "run" in report:
-        lines.append(f"run {report['run']}: {'finished' if report['finished'] else 'not finished'}, LATEST {report['latest']}")
+        lines.append(
+            f"run {report['run']}: {'finished' if report['finished'] else 'not finished'}, LATEST {report['latest']}"
+        )
         lines += [f"  {name}  {'whole' if whole else 'NOT WHOLE'}" for name, whole in report["checkpoints"].items()]
     if not report["whole"]:
         return [*lines, f"not whole: {report['problem']}"]

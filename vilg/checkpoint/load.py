@@ -21,7 +21,9 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     path = run_dir / CHECKPOINTS / name
     if not path.is_dir():
         present = ", ".join(p.name for p in all_checkpoints(run_dir)) or "none"
-        raise UserError(f"{run_dir / LATEST} names {name!r}, which is not there (present: {present}); write one of these into it")
+        raise UserError(
+            f"{run_dir / LATEST} names {name!r}, which is not there (present: {present}); write one of these into it"
+        )
     return path
 
 

@@ -40,7 +40,9 @@ def probe_batch(spec: SequenceSpec) -> SequenceBatch:
     codes = draw.integers(0, spec.image_vocab_size, (2, spec.image_slots))
     length = max(1, spec.text_slots // 2)
     texts = draw.integers(min(_SPECIAL_IDS, spec.text_vocab_size - 1), spec.text_vocab_size, (2, length)).tolist()
-    return collate([text_to_image(spec, texts[0], codes[0]), image_to_text(spec, texts[1][: spec.text_slots - 1], codes[1])])
+    return collate(
+        [text_to_image(spec, texts[0], codes[0]), image_to_text(spec, texts[1][: spec.text_slots - 1], codes[1])]
+    )
 
 
 @torch.no_grad()
@@ -94,9 +96,7 @@ def load_probes(folder: Path) -> Probes:
 
 def largest_difference(a: Probes, b: Probes) -> float:
     """Largest absolute difference of any logit."""
-    return max(
-        float((a.text_logits - b.text_logits).abs().max()), float((a.image_logits - b.image_logits).abs().max())
-    )
+    return max(float((a.text_logits - b.text_logits).abs().max()), float((a.image_logits - b.image_logits).abs().max()))
 
 
 def largest_logit(probes: Probes) -> float:

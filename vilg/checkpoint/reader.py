@@ -1,8 +1,8 @@
 """Whole weights out of sharded checkpoint files, one tensor at a time, on a CPU and without DeepSpeed.
 
 Files are mapped, not read: memory stays near the largest tensor. Three kinds of files, one way in:
-the torch engine's safetensors; ZeRO 0-2, whose module is whole on every data rank and whose fp32 masters are cut flat over
-the data ranks; ZeRO 3, where only flat fp32 pieces exist. Tensor ranks are joined by parallel/layout.py.
+the torch engine's safetensors; ZeRO 0-2, whose module is whole on every data rank and whose fp32 masters are cut flat
+over the data ranks; ZeRO 3, where only flat fp32 pieces exist. Tensor ranks are joined by parallel/layout.py.
 """
 
 import math
@@ -24,7 +24,8 @@ _SAFE_MODEL, _SAFE_OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
 class Weights(ABC):
-    """The weights of one checkpoint. names: sorted, the same for every kind of files. has_masters: fp32 weights finer than the module's."""
+    """The weights of one checkpoint. names: sorted, the same for every kind of files. has_masters: whether there are
+    fp32 weights finer than the module's."""
 
     def __init__(self, folder: Path, state: RunState) -> None:
         self.folder, self.state = folder, state
@@ -108,7 +109,9 @@ class ZeroWeights(Weights):
         for module, pieces in zip(self.modules, self.pieces):
             flat = torch.cat([rank[name] for rank in pieces if name in rank])
             if flat.numel() != module[name].numel():
-                raise UserError(f"{self.folder}: fp32 weights of {name} are incomplete: {flat.numel()} of {module[name].numel()}")
+                raise UserError(
+                    f"{self.folder}: fp32 weights of {name} are incomplete: {flat.numel()} of {module[name].numel()}"
+                )
             parts.append(flat.view(module[name].shape))
         return layout.merge(name, parts)
 

@@ -58,12 +58,16 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, so {checkpoint} is no checkpoint; name a run or one of its checkpoints/step_*") from None
+        raise UserError(
+            f"{path}: missing, so {checkpoint} is no checkpoint; name a run or one of its checkpoints/step_*"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); use an earlier checkpoint") from None
     found = data.pop("format_version", None)
     if found != STATE_VERSION:
-        raise UserError(f"{path}: format_version {found!r}; this vilg reads {STATE_VERSION}. Use the vilg that wrote it")
+        raise UserError(
+            f"{path}: format_version {found!r}; this vilg reads {STATE_VERSION}. Use the vilg that wrote it"
+        )
     recipe_hash = data.pop("recipe_hash", None)
     known = {f.name for f in fields(RunState)}
     if set(data) != known:

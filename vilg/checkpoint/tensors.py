@@ -1,7 +1,7 @@
 """Files of tensors and plain containers, the only kind that is ever read.
 
-`torch.load` executes what a pickle says; here it runs with `weights_only=True` and a short list of DeepSpeed's own plain
-classes (a number, a pair of integers, a loss scale), and refuses everything else, naming it.
+`torch.load` executes what a pickle says; here it runs with `weights_only=True` and a short list of DeepSpeed's own
+plain classes (a number, a pair of integers, a loss scale), and refuses everything else, naming it.
 """
 
 import os
@@ -26,7 +26,7 @@ _PLAIN = (str, bytes, int, float, bool, type(None), torch.Tensor, torch.Size, to
 
 
 class _Record:
-    """Stands for an allowed DeepSpeed class where DeepSpeed itself is not wanted: keeps the attributes, does nothing."""
+    """Stands for an allowed DeepSpeed class where DeepSpeed is not imported: keeps the attributes, does nothing."""
 
 
 # Enums are pickled as a call of their class with the value.
@@ -68,8 +68,8 @@ def load_tensors(
                 found = re.search(r"(?i)unsupported (?:global|class):?(?: GLOBAL)? ([\w.]+)", str(error))
                 what = f"an object of {found[1]}" if found else "a pickle of another kind"
                 raise UserError(
-                    f"{path}: holds {what}; only tensors and plain containers are read, because unpickling anything else "
-                    "can run code. This file was not written by vilg, or is damaged"
+                    f"{path}: holds {what}; only tensors and plain containers are read, because unpickling "
+                    "anything else can run code. This file was not written by vilg, or is damaged"
                 ) from None
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: cannot be read ({first_line}); it is damaged or no checkpoint file") from None
@@ -87,9 +87,15 @@ def _foreign(value: Any, place: str) -> str | None:
     """The first object inside `value` that `load_tensors` would refuse, as text; None if all is plain."""
     kind = type(value)
     if isinstance(value, dict):
-        return next((found for k, v in value.items() if (found := _foreign(k, place) or _foreign(v, f"{place}/{k}"))), None)
+        return next(
+            (found for k, v in value.items() if (found := _foreign(k, place) or _foreign(v, f"{place}/{k}"))), None
+        )
     if isinstance(value, (list, tuple, set)) and kind is not torch.Size:
         return next((found for i, v in enumerate(value) if (found := _foreign(v, f"{place}/{i}"))), None)
-    if kind in _PLAIN or isinstance(value, torch.Tensor) or f"{kind.__module__}.{kind.__qualname__}" in DEEPSPEED_CLASSES:
+    if (
+        kind in _PLAIN
+        or isinstance(value, torch.Tensor)
+        or f"{kind.__module__}.{kind.__qualname__}" in DEEPSPEED_CLASSES
+    ):
         return None
     return f"{place.lstrip('/') or 'the object'} of type {kind.__module__}.{kind.__qualname__}"

@@ -46,7 +46,7 @@ class Ranks:
         self.sum(0)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 and give its value to all. A UserError or OSError there is raised by all as SharedError."""
+        """Run `action` on rank 0 and give its value to all; a UserError or OSError there is everyone's SharedError."""
         outcome: list = [None, None]
         if self.is_main:
             try:
@@ -60,7 +60,7 @@ class Ranks:
         return outcome[0]
 
     def together(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; if it raises an Exception anywhere, all raise SharedError with the first rank's reason.
+        """Run `action` on every rank; if it raises anywhere, all raise SharedError with the first such rank's reason.
 
         The action must not hold collectives that a failing rank would leave others waiting in.
         """

@@ -59,7 +59,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(argv: Sequence[str], ranks: Ranks, device: torch.device) -> list[Row]:
     overrides, rest = take_overrides(argv)
-    parser = argparse.ArgumentParser(prog="vilg preflight", description="Check recipe, machines and data before a long run.")
+    parser = argparse.ArgumentParser(
+        prog="vilg preflight", description="Check recipe, machines and data before a long run."
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--json", type=Path, help="write the rows there too, for machines")
     options = parser.parse_args(rest)
@@ -110,7 +112,9 @@ def _disk(recipe: Recipe) -> Iterator[Row]:
     state = state_bytes(parameters, precision=recipe.precision, zero_stage=0, data_size=1)
     # One more than is kept exists while a checkpoint is being written.
     needed = (state.weights + state.optimizer) * (recipe.checkpoint.keep_last + 1)
-    text = f"{free / 1e9:.1f} GB free at {folder}, {needed / 1e9:.2f} GB for {recipe.checkpoint.keep_last} + 1 checkpoints"
+    text = (
+        f"{free / 1e9:.1f} GB free at {folder}, {needed / 1e9:.2f} GB for {recipe.checkpoint.keep_last} + 1 checkpoints"
+    )
     yield Row("disk space", "ok" if free > needed else "bad", text)
     probe = folder / f".vilg-preflight-{os.getpid()}"
     try:
@@ -127,7 +131,11 @@ def _disk(recipe: Recipe) -> Iterator[Row]:
 
 def _tokenizers(recipe: Recipe) -> Iterator[Row]:
     text, image = TextTokenizer.load(recipe.tokens.text_model), ImageTokenizer.load(recipe.tokens.image_model)
-    yield Row("tokenizers", "ok", f"text {text.vocab_size} pieces ({text.hash[:12]}), image {image.vocab_size} codes ({image.hash[:12]})")
+    yield Row(
+        "tokenizers",
+        "ok",
+        f"text {text.vocab_size} pieces ({text.hash[:12]}), image {image.vocab_size} codes ({image.hash[:12]})",
+    )
 
 
 def _shards(recipe: Recipe) -> Iterator[Row]:
@@ -141,12 +149,21 @@ def _shards(recipe: Recipe) -> Iterator[Row]:
             dataset.sample(index)
         first += shard.samples
     epochs = recipe.schedule.steps * recipe.batch.global_size / dataset.num_samples
-    yield Row("shards", "ok", f"{len(dataset.manifest.shards)} shards, {dataset.num_samples:,} samples; the run reads them {epochs:.1f} times")
+    yield Row(
+        "shards",
+        "ok",
+        f"{len(dataset.manifest.shards)} shards, {dataset.num_samples:,} samples, read {epochs:.1f} times",
+    )
 
 
 def _machines(ranks: Ranks, device: torch.device) -> list[Row]:
     """Versions, memory and speed of every rank, gathered; versions must be equal."""
-    mine = {"host": socket.gethostname(), "versions": versions(), "device": _device_facts(device), "flops": _matmul_flops(device)}
+    mine = {
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "device": _device_facts(device),
+        "flops": _matmul_flops(device),
+    }
     everybody: list = [mine]
     if ranks.world_size > 1:
         everybody = [None] * ranks.world_size
@@ -161,7 +178,10 @@ def _machines(ranks: Ranks, device: torch.device) -> list[Row]:
     ]
     speeds = [facts["flops"] for facts in everybody]
     slowest = min(range(len(speeds)), key=speeds.__getitem__)
-    speed = f"matmul {min(speeds) / 1e12:.2f} to {max(speeds) / 1e12:.2f} TFLOP/s; slowest: rank {slowest} on {everybody[slowest]['host']}"
+    speed = (
+        f"matmul {min(speeds) / 1e12:.2f} to {max(speeds) / 1e12:.2f} TFLOP/s; "
+        f"slowest: rank {slowest} on {everybody[slowest]['host']}"
+    )
     if device.type == "cuda":
         kinds = sorted({facts["device"] for facts in everybody})
         rows.append(Row("GPUs", "ok" if len(kinds) == 1 else "bad", f"{len(everybody)} x {'; '.join(kinds)}"))

@@ -139,8 +139,8 @@ def _import_deepspeed(device: torch.device):
         import deepspeed.ops
 
         if device.type == "cpu":
-            # Otherwise every fresh machine compiles `deepspeed_shm_comm` for a minute, or fails without a compiler; only
-            # an inference call uses it. The table is private, so its absence only costs that minute.
+            # Otherwise every fresh machine compiles `deepspeed_shm_comm` for a minute, or fails without a compiler;
+            # only an inference call uses it. The table is private, so its absence only costs that minute.
             with contextlib.suppress(AttributeError, TypeError):
                 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -179,7 +179,7 @@ def _checkpoint_engine():
 
 @contextlib.contextmanager
 def _without_muon() -> Iterator[None]:
-    """Hide DeepSpeed's Muon, which `initialize` looks for and does without: its import loads torch's compiler (2-5 s)."""
+    """Hide DeepSpeed's Muon, which `initialize` looks for and does without: it would load a compiler (2-5 s)."""
     name = "deepspeed.runtime.zero.muon.muon_optimizer"
     if name in sys.modules:
         yield

@@ -23,12 +23,14 @@ _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken p
 def distributed(device: torch.device) -> Iterator[Ranks]:
     """Join the process group that the environment describes, and leave it in order.
 
-    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under srun the first three come from SLURM_*;
-    without either this is a single process and needs no port. Raises UserError for an incomplete environment and a
-    port in use. In the end: barrier, destroy, flush (without which a rank aborted at exit in 2 of 30 runs).
+    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under srun the first three come from
+    SLURM_*; without either this is one process, which needs no port. In the end: barrier, destroy, flush (without them
+    a rank aborted at exit in 2 of 30 runs). Raises UserError for an incomplete environment and a port in use.
     """
     quiet()
-    os.environ.update(process_environment(os.environ))
+    found = process_environment(os.environ)
+    added = found.keys() - os.environ.keys()
+    os.environ.update(found)  # DeepSpeed reads them there
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if device.type == "cuda":
         torch.cuda.set_device(local)
@@ -48,6 +50,8 @@ def distributed(device: torch.device) -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+        for name in added:
+            del os.environ[name]
         sys.stdout.flush()
         sys.stderr.flush()
 
@@ -70,8 +74,8 @@ def process_environment(environment: Mapping[str, str]) -> dict[str, str]:
     missing = sorted(name for name, value in found.items() if not value)
     if missing:
         raise UserError(
-            f"{', '.join(missing)} not set in the environment; start with torchrun, with srun through launch/train.sbatch, "
-            "or without RANK for a single process"
+            f"{', '.join(missing)} not set in the environment; start with torchrun, with srun through "
+            "launch/train.sbatch, or without RANK for a single process"
         )
     return found
 

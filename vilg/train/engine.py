@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vilg.config.schema import Recipe
 from vilg.checkpoint.tensors import write_failure
+from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
@@ -50,7 +50,8 @@ def build_engine(recipe: Recipe, grid: Grid, model: Vilg, device: torch.device) 
     if recipe.parallel.engine == "torch":
         if grid.world_size > 1:
             raise UserError(
-                f"parallel.engine=torch is one process, but {grid.world_size} were started; use parallel.engine=deepspeed"
+                f"parallel.engine=torch is one process, but {grid.world_size} were started; "
+                "use parallel.engine=deepspeed"
             )
         return TorchEngine(recipe, model, device)
     from vilg.train.deepspeed_engine import DeepSpeedEngine  # imported where it is used: it takes seconds
@@ -72,9 +73,7 @@ class TorchEngine:
         self.masters = [p.detach().float().clone().requires_grad_() for p in self.weights] if masters else self.weights
         groups = optim.parameter_groups(list(zip(self.names, self.masters)), recipe.optimizer.weight_decay)
         self.optimizer, self.optimizer_name = optim.build_adamw(groups, recipe.optimizer, device)
-        self.layout = dict(
-            engine="torch", precision=recipe.precision, zero_stage=0, data=1, tensor=1, pipeline=1
-        )
+        self.layout = dict(engine="torch", precision=recipe.precision, zero_stage=0, data=1, tensor=1, pipeline=1)
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -1,4 +1,4 @@
-"""When a run protects itself: non-finite steps are bounded, and a signal ends the run after a whole step and a checkpoint."""
+"""How a run protects itself: non-finite steps are bounded, and a signal ends it after a whole step and a checkpoint."""
 
 import signal
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ class NonFiniteGuard:
             raise UserError(
                 f"step {step}: the {self.in_a_row}th step in a row with a non-finite loss or gradient (allowed: "
                 f"guards.max_nonfinite_steps={config.max_nonfinite_steps}). The last checkpoint is from before; lower "
-                "optimizer.lr or optimizer.grad_clip, lengthen schedule.warmup_steps, or train in bf16 or fp32 instead of fp16"
+                "optimizer.lr or optimizer.grad_clip, lengthen schedule.warmup_steps, or leave fp16"
             )
         return f"step {step}: non-finite loss or gradient; step skipped ({self.in_a_row} in a row, {self.total} in all)"
 

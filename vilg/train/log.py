@@ -77,7 +77,9 @@ class RunLog:
 def console_line(row: dict, total_steps: int, window: Window, device_word: str) -> str:
     """`step 120/5000  loss 5.31 (image 6.02 text 3.88)  ...`, with units; MFU only where the peak is known."""
     losses = " ".join(
-        f"{name} {row[key]:.3f}" for name, key in (("image", "image_loss"), ("text", "text_loss")) if row[key] is not None
+        f"{name} {row[key]:.3f}"
+        for name, key in (("image", "image_loss"), ("text", "text_loss"))
+        if row[key] is not None
     )
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
     norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
-    """Run the optimizer steps that are left. Every rank calls it; a signal to any of them ends all after a whole step."""
+    """Run the optimizer steps that are left. Every rank calls it; a signal to any ends all after a whole step."""
     run = open_run(recipe, ranks, device)
     if run is None:
         return

@@ -77,7 +77,7 @@ class Meter:
 
 
 def step_flops(recipe: Recipe, spec: SequenceSpec) -> float:
-    """Operations of one optimizer step over all ranks, forward and backward, without recomputation (MFU's numerator)."""
+    """Operations of one optimizer step, forward and backward, without recomputation: MFU's numerator."""
     drawn, written = (sequence_flops(recipe.model, spec, image_is_target=is_target) for is_target in (True, False))
     share = recipe.data.text_to_image_fraction
     per_pair = drawn + written if recipe.data.directions == "both" else share * drawn + (1 - share) * written

@@ -32,7 +32,7 @@ def parameter_groups(named: list[tuple[str, Tensor]], weight_decay: float) -> li
 
 
 def build_adamw(groups: list[dict], config: OptimizerConfig, device: torch.device) -> tuple[torch.optim.Optimizer, str]:
-    """AdamW (1711.05101) and the name of the implementation: apex's fused one on GPUs where it is installed, else torch's."""
+    """AdamW (1711.05101) and the name of its implementation: apex's on GPUs where it is installed, else torch's."""
     options = dict(lr=config.lr, betas=config.betas, eps=config.eps)
     if device.type == "cuda":
         try:

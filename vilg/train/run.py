@@ -144,7 +144,9 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
     damaged checkpoint, another layout.
     """
     if recipe.parallel.pipeline > 1:
-        raise SharedError(f"parallel.pipeline={recipe.parallel.pipeline}: training runs with pipeline=1; use tensor and data ranks")
+        raise SharedError(
+            f"parallel.pipeline={recipe.parallel.pipeline}: training runs with pipeline=1; use tensor and data ranks"
+        )
     grid = Grid.build(tensor=recipe.parallel.tensor)
     text = ranks.together(lambda: TextTokenizer.load(recipe.tokens.text_model))
     image = ranks.together(lambda: ImageTokenizer.load(recipe.tokens.image_model))
@@ -156,15 +158,6 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         if ranks.is_main:
             print(f"{recipe.run_dir} is finished: {before.step} of {recipe.schedule.steps} steps. Nothing to do")
         return None
-    log = RunLog(
-        recipe.run_dir / LOGS,
-        rank=ranks.rank,
-        total_steps=recipe.schedule.steps,
-        resume_step=before.step if before else 0,
-        tensorboard=recipe.logging.tensorboard,
-    )
-    for note in notes:
-        log.say(f"note: {note}")
     model = Vilg(recipe.model, spec, grid=grid)
     if not before:
         model.reset_parameters(recipe.seed)
@@ -176,8 +169,20 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
     sampler = None
     if recipe.samples.every_steps:
         if engine.layout["zero_stage"] == 3:
-            raise SharedError("samples.every_steps draws with whole weights, which ZeRO stage 3 does not keep; set it to 0")
+            raise SharedError(
+                "samples.every_steps draws with whole weights, which ZeRO stage 3 does not keep; set it to 0"
+            )
         sampler = ranks.together(lambda: Sampler(recipe.samples, engine.model, text, image, seed=recipe.seed))
+    # Opened last: it removes metrics of steps that will be done again, which a start that fails must not.
+    log = RunLog(
+        recipe.run_dir / LOGS,
+        rank=ranks.rank,
+        total_steps=recipe.schedule.steps,
+        resume_step=before.step if before else 0,
+        tensorboard=recipe.logging.tensorboard,
+    )
+    for note in notes:
+        log.say(f"note: {note}")
     run = Run(
         recipe=recipe,
         ranks=ranks,
@@ -198,7 +203,13 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
 
 
 def _loader(
-    recipe: Recipe, grid: Grid, spec: SequenceSpec, text: TextTokenizer, position: LoaderState | None, *, image_hash: str
+    recipe: Recipe,
+    grid: Grid,
+    spec: SequenceSpec,
+    text: TextTokenizer,
+    position: LoaderState | None,
+    *,
+    image_hash: str,
 ) -> Loader:
     return Loader(
         TokenDataset.open(recipe.data.train),
@@ -217,7 +228,7 @@ def _loader(
 
 
 def _load(engine: Engine, checkpoint: Path, before: RunState, tokenizers: dict[str, str]) -> None:
-    """Weights and optimizer state of a checkpoint, once it is clear that they belong to these tokenizers and this layout."""
+    """Load weights and optimizer state, once it is clear that they belong to these tokenizers and this layout."""
     for kind, key in (("text", "tokens.text_model"), ("image", "tokens.image_model")):
         if before.tokenizers[kind] != tokenizers[kind]:
             raise UserError(
@@ -240,8 +251,9 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
     found = versions()
     run.log.say(
         f"{recipe.name}: {parameters / 1e6:.1f}M parameters per rank, {layout['engine']} "
-        f"(ZeRO {layout['zero_stage']}), {run.ranks.world_size} process(es) = {layout['data']} data x {layout['tensor']} "
-        f"tensor, {recipe.precision}, {run.engine.optimizer_name}, torch {found['torch']}, deepspeed {found['deepspeed']}"
+        f"(ZeRO {layout['zero_stage']}), {run.ranks.world_size} process(es) = {layout['data']} data x "
+        f"{layout['tensor']} tensor, {recipe.precision}, {run.engine.optimizer_name}, torch {found['torch']}, "
+        f"deepspeed {found['deepspeed']}"
     )
     where = f"continuing from {checkpoint}" if checkpoint else "starting"
     run.log.say(f"{where}: step {run.step} of {recipe.schedule.steps}; run folder {recipe.run_dir}")

@@ -1,6 +1,6 @@
 """The folder that a run owns: made at the first start, recognised at the next, refused to another recipe.
 
-    config.yaml  deepspeed.json  checkpoints/  LATEST  logs/  samples/  DONE (after the last step)
+config.yaml  deepspeed.json  checkpoints/  LATEST  logs/  samples/  DONE (after the last step)
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ _FOREIGN_ALLOWED = {LOGS, SAMPLES}  # a batch script may have opened its log her
 
 
 def open_run_dir(recipe: Recipe) -> tuple[Path | None, list[str]]:
-    """Make or recognise the run folder; the checkpoint to continue from (None: from the start) and notes for the console.
+    """Make or recognise the run folder; the checkpoint to continue from (None: start anew) and notes for people.
 
     Called on one rank. Raises UserError if the folder belongs to something else or to another recipe, naming the keys.
     """
@@ -73,7 +73,7 @@ def compare(before: Recipe, now: Recipe, folder: Path) -> list[str]:
     if refused:
         raise UserError(
             f"{folder} belongs to a run of another recipe:\n  " + "\n  ".join(refused) + "\n"
-            f"Give this one its own folder (--run_dir=...), or use the recipe in {folder / CONFIG_FILE}. Nothing was changed"
+            f"Give this one its own folder (--run_dir=...), or use {folder / CONFIG_FILE}. Nothing was changed"
         )
     return notes
 
@@ -83,11 +83,13 @@ def _check_place(folder: Path) -> None:
         raise UserError(f"run_dir={folder} is a file; name a folder")
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         # Dot files are nobody's run: remains of an atomic write, or of the file system.
-        foreign = sorted(p.name for p in folder.iterdir() if p.name not in _FOREIGN_ALLOWED and not p.name.startswith("."))
+        foreign = sorted(
+            p.name for p in folder.iterdir() if p.name not in _FOREIGN_ALLOWED and not p.name.startswith(".")
+        )
         if foreign:
             raise UserError(
-                f"run_dir={folder} holds {', '.join(foreign[:5])} but no {CONFIG_FILE}, so it is no run of this program; "
-                "name an empty or new folder"
+                f"run_dir={folder} holds {', '.join(foreign[:5])} but no {CONFIG_FILE}, so it is no run "
+                "of this program; name an empty or new folder"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

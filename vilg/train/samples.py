@@ -1,4 +1,4 @@
-"""Sample sheets: the same prompts drawn with the same random numbers at every call, so that sheets show the weights' progress."""
+"""Sample sheets: the same prompts drawn with the same random numbers each time, so that only the weights differ."""
 
 from pathlib import Path
 

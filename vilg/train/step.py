@@ -62,7 +62,7 @@ def plan_step(recipe: Recipe, step: int, *, text_targets: int, image_targets: in
 def micro_batch_loss(
     forward: Callable[..., tuple[Tensor, Tensor]], batch: SequenceBatch, plan: StepPlan, seeds: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """The micro-batch's share of the loss (scalar with gradient) and its sums of cross entropy, float64 [text, image]."""
+    """The micro-batch's share of the loss (scalar with gradient), and its cross entropy sums, float64 [text, image]."""
     logits = forward(*batch.inputs(), dropout_seeds=seeds)
     text_sum, image_sum = direction_losses(*logits, batch.text_target, batch.image_target, group=grid.tensor_group)
     loss = text_sum * plan.text_scale + image_sum * plan.image_scale
@@ -92,7 +92,7 @@ def step_result(sums: Tensor, plan: StepPlan, *, grad_norm: Tensor | float, skip
 
 
 def count(batches: Sequence[SequenceBatch]) -> tuple[int, int, int]:
-    """Text targets, image targets and filled slots of this rank's micro-batches; read on the host, before the device."""
+    """Text targets, image targets and filled slots of this rank's micro-batches; counted on the host."""
     counts = [batch.target_counts() for batch in batches]
     filled = sum(int(b.text_len.sum()) + b.image_input.numel() for b in batches)
     return sum(text for text, _ in counts), sum(image for _, image in counts), filled
