@@ -1,7 +1,8 @@
 """`vilg demo`: the whole way from raw pictures to new pictures and captions, each stage an ordinary `vilg` command.
 
 The commands are printed as they run, so the demo is the tutorial too. A stage whose command, recipes and predecessors
-are unchanged is skipped on a rerun; an interrupted one continues where its own command continues.
+are unchanged, and whose product is still there, is skipped on a rerun; an interrupted one continues where its own
+command continues.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -20,21 +22,23 @@ from pathlib import Path
 import psutil
 
 import vilg
+from vilg.config import Recipe, load_recipe
 from vilg.errors import UserError
 
 STATE_FORMAT_VERSION = 1
 FAST_EVALUATION = ("--num-scenes", "8", "--num-candidates", "2")
-PROMPTS = ("白色背景上的马", "a cat on a blue background")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the demo: its name in the report, what to run, the recipe files it reads."""
+    """One command of the demo: its name in the report, what to run, the recipe files it reads, and the file that its
+    command writes last."""
 
     name: str
     title: str
     command: tuple[str, ...]
     recipes: tuple[Path, ...] = ()
+    makes: Path | None = None
 
     def key(self, before: str) -> str:
         """Changes when the command, a recipe or any stage before it changes."""
@@ -43,12 +47,17 @@ class Stage:
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
+    @property
+    def missing(self) -> bool:
+        """Whether the product is not there: never made, or deleted since."""
+        return self.makes is not None and not self.makes.exists()
+
 
 def stages(
-    out: Path, recipes: Path, *, seed: int, processes: int, evaluation: Sequence[str] = ()
+    out: Path, recipes: Path, *, seed: int, processes: int, prompts: Sequence[str], evaluation: Sequence[str] = ()
 ) -> list[Stage]:
-    """The demo's commands in order. `recipes` holds scenes.yaml, image_tokenizer.yaml and train.yaml;
-    `evaluation` are further options of the evaluation."""
+    """The demo's commands in order. `recipes` holds scenes.yaml, image_tokenizer.yaml and train.yaml; `prompts` are
+    drawn at the end; `evaluation` are further options of the evaluation."""
     raw, tokens, export = out / "raw", out / "tokens", out / "export"
     scenes, image, train = (recipes / name for name in ("scenes.yaml", "image_tokenizer.yaml", "train.yaml"))
     alone = ("vilg",)
@@ -56,29 +65,34 @@ def stages(
     text_model, image_model = out / "text.model", out / "image_tokenizer"
     plan = [
         ("data", "Compose image-text pairs from emoji glyphs, as img2dataset would write them",
-         (*alone, "demo-data", "--out", raw, "--config", scenes, "--set", f"seed={seed}"), (scenes,)),
+         (*alone, "demo-data", "--out", raw, "--config", scenes, "--set", f"seed={seed}"), (scenes,),
+         raw / "scenes.json"),
         ("text_tokenizer", "Train the SentencePiece text tokenizer on the captions",
-         (*alone, "tokenizer", "train-text", "--captions", raw / "train", "--vocab-size", 1000, "--out", text_model), ()),
+         (*alone, "tokenizer", "train-text", "--captions", raw / "train", "--vocab-size", 1000, "--out", text_model),
+         (), text_model),
         ("image_tokenizer", "Train the image tokenizer: pictures to codes and back",
          (*together, "tokenizer", "train-image", "--data", raw / "train", "--out", image_model, "--config", image,
-          "--set", f"seed={seed}"), (image,)),
+          "--set", f"seed={seed}"), (image,), image_model / "metrics.json"),
         ("tokenize", "Turn the pictures into token shards",
-         (*alone, "data", "tokenize", raw / "train", "--image-model", image_model, "--out", tokens), ()),
+         (*alone, "data", "tokenize", raw / "train", "--image-model", image_model, "--out", tokens), (),
+         tokens / "manifest.json"),
         ("train", "Train the transformer in both directions",
          (*together, "train", train, f"--run_dir={out / 'run'}", f"--seed={seed}", f"--data.train={tokens}",
-          f"--tokens.text_model={text_model}", f"--tokens.image_model={image_model}"), (train,)),
+          f"--tokens.text_model={text_model}", f"--tokens.image_model={image_model}"), (train,),
+         out / "run" / "DONE"),
         ("export", "Convert the sharded checkpoint into one folder for inference",
-         (*alone, "export", out / "run", "--out", export), ()),
+         (*alone, "export", out / "run", "--out", export), (), export / "config.json"),
         ("evaluate", "Measure both directions on seen and held-out scenes, and draw the sheet",
          (*alone, "eval", "scenes", "--model", export, "--raw", raw, "--out", out / "evaluation", "--seed", seed,
-          *evaluation), ()),
+          *evaluation), (), out / "evaluation" / "scenes.json"),
         ("generate", "Draw pictures from text",
-         (*alone, "generate", "--model", export, *(part for text in PROMPTS for part in ("--prompt", text)),
-          "--num", 8, "--best", 4, "--out", out / "generated"), ()),
+         (*alone, "generate", "--model", export, *(part for text in prompts for part in ("--prompt", text)),
+          "--num", 8, "--best", 4, "--seed", seed, "--out", out / "generated"), (), out / "generated" / "scores.jsonl"),
         ("caption", "Write captions under pictures",
-         (*alone, "caption", "--model", export, out / "generated" / "0000_00.png", out / "generated" / "0001_00.png"), ()),
+         (*alone, "caption", "--model", export, out / "generated" / "0000_00.png", out / "generated" / "0001_00.png"),
+         (), None),
     ]  # fmt: skip
-    return [Stage(name, title, tuple(map(str, command)), files) for name, title, command, files in plan]
+    return [Stage(name, title, tuple(map(str, command)), *files) for name, title, command, *files in plan]
 
 
 class MemoryPeak(threading.Thread):
@@ -91,7 +105,8 @@ class MemoryPeak(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.wait(0.5):
-            self.peak = max(self.peak, sum(map(_memory, [psutil.Process(), *psutil.Process().children(recursive=True)])))
+            processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            self.peak = max(self.peak, sum(map(_memory, processes)))
 
     def stop(self) -> int:
         self._stopped.set()
@@ -117,7 +132,7 @@ def run_stages(plan: Sequence[Stage], state_file: Path) -> dict[str, dict[str, f
     for number, stage in enumerate(plan, 1):
         before = stage.key(before)
         heading = f"[{number}/{len(plan)}] {stage.title}"
-        if state.get(stage.name, {}).get("key") == before:
+        if state.get(stage.name, {}).get("key") == before and not stage.missing:
             print(f"{heading}: done before ({state[stage.name]['seconds']:.0f} s)", flush=True)
         else:
             print(f"\n{heading}\n$ {shlex.join(stage.command)}", flush=True)
@@ -134,7 +149,7 @@ def _run(stage: Stage) -> dict[str, float]:
     memory, start = MemoryPeak(), time.monotonic()
     memory.start()
     try:
-        code = subprocess.run([sys.executable, "-m", *runner, *stage.command[1:]], env=environment).returncode
+        code = _wait(subprocess.Popen([sys.executable, "-m", *runner, *stage.command[1:]], env=environment))
     finally:
         peak = memory.stop()
     if code:
@@ -142,7 +157,25 @@ def _run(stage: Stage) -> dict[str, float]:
             f"stage {stage.name!r} ended with exit code {code}; its message is above. Mend the cause and run the same "
             "command again: finished stages are kept"
         )
+    if stage.missing:  # a training that a signal stops is saved and ends with 0
+        raise UserError(f"stage {stage.name!r} was stopped before it was through; the same command continues it")
     return {"seconds": round(time.monotonic() - start, 1), "peak_bytes": peak}
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Exit code of a stage, which is never killed from here: ranks have sessions of their own and would train on alone.
+
+    Ctrl-C reaches the stage from the terminal; this waits for its orderly end (a training saves first). A SIGTERM is
+    handed on.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _read_state(path: Path) -> dict[str, dict]:
@@ -168,28 +201,40 @@ def recipes_folder(scale: str) -> Path:
     return folder
 
 
+def read_train_recipe(folder: Path, processes: int) -> Recipe:
+    """The scale's train.yaml, checked before the first stage rather than minutes later, when training starts.
+
+    Raises UserError, also where the working directory is not the clone: recipes name ds_configs/ relative to it.
+    """
+    if processes < 1:
+        raise UserError(f"--processes {processes}: training needs at least one")
+    root = folder.parent.parent.parent
+    if not Path("ds_configs").is_dir():
+        raise UserError(f"recipes name files of ds_configs/ relative to the clone; run this in {root}")
+    return load_recipe(folder / "train.yaml", world_size=processes)
+
+
 def main(argv: Sequence[str]) -> int:
     """From clone to pictures and captions: every stage in turn, a sheet, a report."""
     parser = argparse.ArgumentParser(prog="vilg demo", description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder that everything goes into")
+    parser.add_argument("--out", type=Path, help="folder for everything; default runs/demo, with --fast runs/demo-fast")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, tokenizers, training and sampling")
-    parser.add_argument("--processes", type=int, default=2, help="training processes; one a core, or one a GPU")
+    parser.add_argument("--processes", type=int, help="training processes; default 2, with --gpu-size 1 (one a GPU)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--fast", action="store_true", help="about a minute, for tests; the pictures are bad")
     size.add_argument("--gpu-size", type=int, choices=(48, 64), help="two objects at 48 or 64 pixels, for a GPU")
     args = parser.parse_args(argv)
     scale = "demo-fast" if args.fast else f"demo-gpu-{args.gpu_size}" if args.gpu_size else "demo"
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    plan = stages(
-        args.out,
-        recipes_folder(scale),
-        seed=args.seed,
-        processes=args.processes,
-        evaluation=FAST_EVALUATION if args.fast else (),
-    )
-    measured = run_stages(plan, args.out / "stages.json")
+    out = args.out or Path("runs") / scale
+    processes = (1 if args.gpu_size else 2) if args.processes is None else args.processes
+    recipes = recipes_folder(scale)
+    prompts = read_train_recipe(recipes, processes).samples.prompts[:2]
+    out.mkdir(parents=True, exist_ok=True)
+    evaluation = FAST_EVALUATION if args.fast else ()
+    plan = stages(out, recipes, seed=args.seed, processes=processes, prompts=prompts, evaluation=evaluation)
+    measured = run_stages(plan, out / "stages.json")
     from vilg.demo.report import write_report
 
-    write_report(args.out, measured, scale=scale, seed=args.seed)
+    write_report(out, measured, scale=scale, seed=args.seed)
     return 0
