@@ -55,6 +55,7 @@ def can_run_triton(q: torch.Tensor, *, raise_error: bool = False) -> bool:
     return reason is None
 
 
+@torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def _device_reason(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:

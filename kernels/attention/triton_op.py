@@ -26,8 +26,11 @@ CHUNK_SLOTS = 1024  # image queries one program adds up for a tile of text keys
 
 @dataclass(frozen=True)
 class LaunchConfig:
+    """`chunk`: keys (or, in the key gradient, queries) of one step of the loop."""
+
     num_warps: int
     num_stages: int
+    chunk: int = BLOCK
 
 
 def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> LaunchConfig:
@@ -36,11 +39,12 @@ def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> 
     `capability`: 80 (also for later devices below 90) or 90. Four warps run a 64 x 64 tile as one warp group of
     Hopper's; the gradients of Ampere spill registers with four.
     """
+    chunk = BLOCK // 2 if kernel == "key_gradient" else BLOCK  # two accumulators: with 64 queries a step it spills
     if itemsize >= 4:
-        return LaunchConfig(8, 1)
+        return LaunchConfig(8, 1, BLOCK // 2)
     if block_d >= 128 or (kernel != "forward" and capability < 90):
-        return LaunchConfig(8, 2)
-    return LaunchConfig(4, 2)
+        return LaunchConfig(8, 2, chunk)
+    return LaunchConfig(4, 2, chunk)
 
 
 def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype) -> dict:
@@ -50,7 +54,6 @@ def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dty
         "QK_SCALE": scale * LOG2_E,
         "D": channels,
         "BLOCK_D": max(16, 1 << (channels - 1).bit_length()),
-        "BLOCK_N": BLOCK,
         "TILE_ROWS": tile.rows,
         "TILE_COLS": tile.cols,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -106,7 +109,8 @@ class _Launch:
     def run(self, name: str, kernel, tiles: int, *args, **constants) -> None:
         config = launch_config(name, self.constants["BLOCK_D"], self.itemsize, self.capability)
         with self.device:
-            start_kernel(kernel, (self.programs, tiles), args, {**self.constants, **constants}, config)
+            constants.update(self.constants, BLOCK_N=config.chunk)
+            start_kernel(kernel, (self.programs, tiles), args, constants, config)
 
 
 def start_kernel(kernel, grid: tuple[int, ...], args, constants: dict, config: LaunchConfig) -> None:

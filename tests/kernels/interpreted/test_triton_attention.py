@@ -23,7 +23,7 @@ def batch_for(direction, grid, text_slots, heads=1, channels=16):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_kernels_match_reference_in_every_direction(pattern, direction):
-    inputs, tensors = batch_for(direction, (3, 5), 5, heads=2)
+    inputs, tensors = batch_for(direction, (3, 5), 5, heads=2 if direction == "mixed" else 1)
     call = dict(grid=(3, 5), pattern=pattern, conv_size=3, **tensors)
     assert_matches_reference(run, inputs, torch.float64, 1e-12, **call)
 
