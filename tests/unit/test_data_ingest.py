@@ -85,3 +85,11 @@ def test_mistakes_are_clear_errors_and_overwrite_nothing(tmp_path):
     blank = make_raw(tmp_path / "blank", [2], lambda _, f: f | {"txt": b""})
     with pytest.raises(UserError, match="none of 2 samples can be used: 2 x empty caption"):
         ingest([blank], tmp_path / "none")
+
+
+def test_shards_that_no_ingest_began_are_never_deleted(tmp_path):
+    download = make_raw(tmp_path / "download", [2])
+    before = (download / "00000.tar").read_bytes()
+    with pytest.raises(UserError, match=r"holds other data \(00000.tar\)"):
+        ingest([image_folder(tmp_path / "images")], download)
+    assert (download / "00000.tar").read_bytes() == before

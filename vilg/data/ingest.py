@@ -23,10 +23,12 @@ from vilg.data.manifest import write_json
 from vilg.data.shards import IMAGE_FIELDS, RAW_FIELDS, ShardReader, index_shard
 from vilg.data.writer import ShardWriter
 from vilg.errors import UserError
+from vilg.tokens.files import write_atomically
 from vilg.tokens.vqgan.images import BadImage, decode_image
 
 FORMAT_VERSION = 1
 REPORT = "ingest.json"
+UNFINISHED = ".ingest.unfinished"  # lies in a folder whose shards an ingest began; only those are ever deleted
 _EXAMPLES = 20  # dropped samples named in the report, per reason
 _PROBE_SIZE = 64  # pixels to which an image is decoded to see whether it can be
 
@@ -50,13 +52,15 @@ def ingest(
     """
     if (out / REPORT).exists():
         raise UserError(f"{out} already holds a finished ingest ({REPORT}); use another --out or delete the folder")
-    strange = [path for path in out.glob("*.tar") if not (path.stem.isdigit() and len(path.stem) == 5)]
-    if strange or (out / "manifest.json").exists():
-        raise UserError(f"{out} holds other data ({(strange or [out / 'manifest.json'])[0].name}); use another --out")
     if any(source.resolve() == out.resolve() for source in sources):
         raise UserError(f"--out {out} is one of the sources; use another folder")
-    for leftover in out.glob("*.tar"):
+    leftovers = sorted(out.glob("*.tar"))
+    marker = out / UNFINISHED
+    if (leftovers and not marker.exists()) or (out / "manifest.json").exists():
+        raise UserError(f"{out} holds other data ({[*leftovers, out / 'manifest.json'][0].name}); use another --out")
+    for leftover in leftovers:
         leftover.unlink()
+    write_atomically(marker, b"")
 
     seen, kept, dropped = 0, 0, Counter()
     examples: dict[str, list[dict[str, str]]] = {}
@@ -102,6 +106,7 @@ def ingest(
         "shards": shards,
     }
     write_json(out / REPORT, report)
+    marker.unlink()
     return report
 
 
