@@ -17,6 +17,7 @@ from vilg.errors import UserError
 from vilg.inference.cache import DecodeCache, KeyValue
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, sample_tokens
 from vilg.model.vilg import Vilg
+from vilg.parallel.ops import gather_last
 from vilg.tokens.sequence import BEGIN_OF_TEXT, END_OF_TEXT, PAD, UNKNOWN, SequenceSpec
 from vilg.tokens.text import TextTokenizer
 
@@ -47,6 +48,7 @@ class TextDecoder:
 
     def __init__(self, model: Vilg, spec: SequenceSpec, codes: Tensor) -> None:
         self.embed, self.blocks, self.heads = model.embed, model.blocks, model.heads
+        self.tensor_group = model.grid.tensor_group
         self.device = codes.device
         source = self._read_images(model, spec, codes)
         visible = torch.ones(codes.shape, dtype=torch.bool, device=self.device)
@@ -78,7 +80,7 @@ class TextDecoder:
         reads = torch.arange(slot + 1, device=self.device)
         for layer, block in enumerate(self.blocks):
             hidden = block(hidden, partial(self._attend, layer, slot, reads))
-        return self.heads.text(hidden)[:, 0].float()
+        return gather_last(self.heads.text(hidden), self.tensor_group)[:, 0].float()
 
     def _attend(self, layer: int, slot: int, reads: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: str) -> Tensor:
         return self.cache.attend(layer, slot, reads, q, k, v)

@@ -14,17 +14,20 @@ from vilg.inference.cache import DecodeCache, KeyValue, ring_reads
 from vilg.inference.load import Bundle
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, guided, sample_tokens
 from vilg.model.vilg import Vilg
+from vilg.parallel.ops import gather_last
 from vilg.tokens.sequence import PAD, SequenceSpec
 
 
 class ImageDecoder:
     """Writes image slots one after another for P prompts with K candidates each.
 
-    The text is read once per prompt; its keys and values serve all candidates.
+    The text is read once per prompt; its keys and values serve all candidates. Of a tensor-parallel model every rank
+    must make the same calls; each gets whole logits.
     """
 
     def __init__(self, model: Vilg, spec: SequenceSpec, prompts: Sequence[Sequence[int]], *, candidates: int) -> None:
         self.embed, self.blocks, self.heads = model.embed, model.blocks, model.heads
+        self.tensor_group = model.grid.tensor_group
         self.device = next(model.parameters()).device
         self.rings = [ring_reads(block.attention.pattern, spec.grid, model.config.conv_size) for block in self.blocks]
         source, visible = self._read_text(prompts)
@@ -61,7 +64,7 @@ class ImageDecoder:
         for layer, block in enumerate(self.blocks):
             capacity, reads = self.rings[layer]
             hidden = block(hidden, partial(self._attend, layer, slot % capacity, reads[slot].to(self.device)))
-        return self.heads.image(hidden)[:, 0].float()
+        return gather_last(self.heads.image(hidden), self.tensor_group)[:, 0].float()
 
     def _attend(self, layer: int, write: int, reads: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: str) -> Tensor:
         return self.cache.attend(layer, write, reads, q, k, v)
