@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +31,8 @@ from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.tokens.vqgan.images import to_float, to_uint8
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -84,47 +90,88 @@ def load_model(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | 
     only. Raises UserError naming the file that is missing, of another format version, or does not fit.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE, hint="an export folder made by `vilg export`")
-    version = config.get("format_version")
-    if version != EXPORT_FORMAT_VERSION:
-        raise UserError(
-            f"{folder / CONFIG_FILE}: format_version {version!r}; this vilg reads {EXPORT_FORMAT_VERSION}. "
-            "Export the checkpoint again with this version"
-        )
-    sequence = config["sequence"]
-    spec = SequenceSpec(**{**sequence, "grid": tuple(sequence["grid"])})
+    config = _read_versioned(folder / CONFIG_FILE)
+    with _described_by(folder / CONFIG_FILE):
+        spec = SequenceSpec(**config["sequence"])
+        shape = ModelConfig(**config["model"])
+        name, stored_dtype = config["name"], _DTYPES[config["dtype"]]
+        expected = {
+            TEXT_MODEL_FILE: config["text_tokenizer"]["hash"],
+            IMAGE_TOKENIZER_FOLDER: config["image_tokenizer"]["hash"],
+        }
+    generation = _read_versioned(folder / GENERATION_FILE)
+    with _described_by(folder / GENERATION_FILE):
+        sampling = SamplingConfig(**{key: value for key, value in generation.items() if key != "format_version"})
     text = TextTokenizer.load(folder / TEXT_MODEL_FILE)
     image = ImageTokenizer.load(folder / IMAGE_TOKENIZER_FOLDER, device=device)
-    for what, found, expected in (
-        (TEXT_MODEL_FILE, text.hash, config["text_tokenizer"]["hash"]),
-        (IMAGE_TOKENIZER_FOLDER, image.hash, config["image_tokenizer"]["hash"]),
-    ):
-        if found != expected:
-            raise UserError(f"{folder / what}: hash {found[:12]}, but {CONFIG_FILE} names {expected[:12]}; export again")
+    for what, found in ((TEXT_MODEL_FILE, text.hash), (IMAGE_TOKENIZER_FOLDER, image.hash)):
+        if found != expected[what]:
+            named = str(expected[what])[:12]
+            raise UserError(f"{folder / what}: hash {found[:12]}, but {CONFIG_FILE} names {named}; export again")
     if dtype is None:
-        dtype = torch.float32 if device == "cpu" else getattr(torch, config["dtype"])
+        dtype = torch.float32 if device == "cpu" else stored_dtype
     with torch.device("meta"):
-        model = Vilg(ModelConfig(**config["model"]), spec)
-    model.load_state_dict(_read_weights(folder, dtype, device), assign=True)
-    generation = read_json(folder / GENERATION_FILE, hint="an export folder made by `vilg export`")
-    generation.pop("format_version", None)
-    return Bundle(config["name"], model.eval().requires_grad_(False), spec, text, image.eval(), SamplingConfig(**generation))
-
-
-def read_json(path: Path, *, hint: str) -> dict[str, Any]:
-    """A JSON object from a file; `hint` says what the folder should have been. Raises UserError."""
+        model = Vilg(shape, spec)
+    weights = _read_weights(folder, dtype, device)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # names or shapes; torch lists them all
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(
+            f"{folder}: the weights do not fit the model of {CONFIG_FILE} ({first[0].strip()}); export again"
+        ) from None
+    return Bundle(name, model.eval().requires_grad_(False), spec, text, image.eval(), sampling)
+
+
+@contextmanager
+def _described_by(path: Path) -> Iterator[None]:
+    """A file that lacks what is read of it, or holds something else there, becomes a UserError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]!r} is missing or unknown; export the checkpoint again") from None
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise UserError(f"{path}: {problems}; export the checkpoint again") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; export the checkpoint again") from None
+
+
+def _read_versioned(path: Path) -> dict[str, Any]:
+    """A JSON object of this format version. Raises UserError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; expected {hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not found; expected an export folder made by `vilg export`") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    version = found.get("format_version") if isinstance(found, dict) else None
+    if version != EXPORT_FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version {version!r}; this vilg reads {EXPORT_FORMAT_VERSION}. "
+            "Export the checkpoint again with this version"
+        )
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, as Hugging Face's index files hold it. Raises UserError."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(isinstance(file, str) and file == os.path.basename(file) for file in names.values())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; expected an export folder made by `vilg export`") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is no index of weights ({error}); export the checkpoint again") from None
+    if not plain:
+        raise UserError(f"{path}: names a file outside its folder; only plain file names are read")
+    return names
 
 
 def _read_weights(folder: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    index = read_json(folder / INDEX_FILE, hint="an export folder made by `vilg export`")
+    index = _read_index(folder / INDEX_FILE)
     weights: dict[str, Tensor] = {}
-    for name in sorted(set(index["weight_map"].values())):
+    for name in sorted(set(index.values())):
         path = folder / name
         try:
             shard = load_file(path, device=device)
@@ -133,6 +180,6 @@ def _read_weights(folder: Path, dtype: torch.dtype, device: str) -> dict[str, Te
         except Exception as error:  # safetensors raises its own type for truncated or foreign files
             raise UserError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
         weights.update({key: value.to(dtype) for key, value in shard.items()})
-    if missing := sorted(set(index["weight_map"]) - set(weights)):
+    if missing := sorted(set(index) - set(weights)):
         raise UserError(f"{folder}: {len(missing)} tensors named by {INDEX_FILE} are in no shard, first {missing[0]}")
     return weights
