@@ -15,13 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vilg.demo.generate_data import read_scenes
-from vilg.demo.scores import SceneMatcher, scene_scores
 from vilg.demo.scenes import LANGUAGES, Scene, SceneConfig, make_scene, render
+from vilg.demo.scores import SceneMatcher, scene_scores
+from vilg.errors import UserError
 from vilg.evaluate.likelihood import image_nll
 from vilg.inference.caption import caption_codes
-from vilg.inference.commands import rerank_scores
+from vilg.inference.commands import check_device, rerank_scores
 from vilg.inference.generate import draw_images
 from vilg.inference.load import Bundle, load_model
+from vilg.tokens.files import write_atomically
 
 EVALUATED_SPLITS = ("seen", "held_out")
 REPORT_FORMAT_VERSION = 1
@@ -31,8 +33,8 @@ REPORT_FORMAT_VERSION = 1
 class SplitResult:
     """What one split gave: figures for the report, pictures for the sheet.
 
-    real, reconstructed: uint8 [I, S, S, 3]; per language: best uint8 [I, S, S, 3], best_right bool [I] (the nearest of all
-    scenes is the one asked for), captions I strings.
+    real, reconstructed: uint8 [I, S, S, 3]; per language: best uint8 [I, S, S, 3], best_right bool [I] (the nearest of
+    all scenes is the one asked for), captions I strings.
     """
 
     figures: dict[str, object]
@@ -121,20 +123,35 @@ def _evaluate_language(
 
 
 def _other_glyph(scenes: list[Scene]) -> list[int]:
-    """For each scene the next scene (cyclic) that shows other glyphs: its caption is the wrong one."""
+    """For each scene the next one (cyclic) that shows other glyphs: its caption is the wrong one, and may name another
+    background too. Where all show the same glyphs, the next one, which has another background."""
     count = len(scenes)
     others = []
     for index, scene in enumerate(scenes):
         candidates = ((index + step) % count for step in range(1, count))
-        others.append(next(i for i in candidates if scenes[i].glyphs != scene.glyphs))
+        others.append(next((i for i in candidates if scenes[i].glyphs != scene.glyphs), (index + 1) % count))
     return others
 
 
 def evaluate(
-    model: Path, raw: Path, *, num_scenes: int, num_candidates: int, seed: int
+    model: Path, raw: Path, *, num_scenes: int, num_candidates: int, seed: int, device: str = "cpu"
 ) -> tuple[dict[str, object], dict[str, SplitResult]]:
-    """Figures of both splits (JSON-ready) and the results behind them."""
-    bundle, config = load_model(model), read_scenes(raw)
+    """Figures of both splits (JSON-ready) and the results behind them.
+
+    Raises UserError if there are fewer than two scenes of a split, or if the model draws pictures of another size.
+    """
+    if num_scenes < 2 or num_candidates < 1:
+        raise UserError(
+            f"--num-scenes {num_scenes} --num-candidates {num_candidates}: use two scenes (each lends the other its "
+            "caption as the wrong one) and one candidate, or more"
+        )
+    config = read_scenes(raw)
+    for split in EVALUATED_SPLITS:
+        if config.count(split) < 2:
+            raise UserError(f"{raw}: made with num_{split}={config.count(split)}; the evaluation needs two or more")
+    bundle = load_model(model, device=device)
+    if bundle.image_size != (config.image_size, config.image_size):
+        raise UserError(f"{model} draws {bundle.image_size} pixels, the scenes in {raw} have {config.image_size}")
     results = {
         split: evaluate_split(bundle, config, split, num_scenes=num_scenes, num_candidates=num_candidates, seed=seed)
         for split in EVALUATED_SPLITS
@@ -159,15 +176,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--num-scenes", type=int, default=128, help="scenes measured per split")
     parser.add_argument("--num-candidates", type=int, default=4, help="n of best-of-n")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random streams")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
-    torch.manual_seed(args.seed)
+    check_device(args.device)
     from vilg.demo.report import draw_samples, print_figures
 
     report, results = evaluate(
-        args.model, args.raw, num_scenes=args.num_scenes, num_candidates=args.num_candidates, seed=args.seed
+        args.model,
+        args.raw,
+        num_scenes=args.num_scenes,
+        num_candidates=args.num_candidates,
+        seed=args.seed,
+        device=args.device,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "scenes.json").write_text(json.dumps(report, indent=2) + "\n")
     draw_samples(results, args.out / "samples.png", best_of=args.num_candidates)
+    write_atomically(args.out / "scenes.json", json.dumps(report, indent=2).encode() + b"\n")
     print_figures(report)
     return 0

@@ -1,7 +1,6 @@
 """What the demo leaves behind: samples.png, loss.png, report.json and a summary on the screen."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 from vilg.demo.scenes import LANGUAGES
 from vilg.pictures.plots import loss_plot, read_metrics
 from vilg.pictures.sheet import Cell, Picture, Section, sample_sheet
+from vilg.tokens.files import write_atomically
+from vilg.tools.env import environment
 
 CELLS_PER_LANGUAGE = 12
 SPLIT_HEADINGS = {
@@ -67,7 +68,7 @@ def write_report(out: Path, measured: Mapping[str, Mapping[str, float]], *, scal
     """report.json, loss.png and samples.png from what the stages left in `out`; prints the summary."""
     evaluation = json.loads((out / "evaluation" / "scenes.json").read_text())
     tokenizer = json.loads((out / "image_tokenizer" / "metrics.json").read_text())
-    shutil.copyfile(out / "evaluation" / "samples.png", out / "samples.png")
+    write_atomically(out / "samples.png", (out / "evaluation" / "samples.png").read_bytes())
     loss_plot(read_metrics(out / "run" / "logs" / "metrics.jsonl"), out / "loss.png", title=f"vilg {scale}, seed {seed}")
     report = {
         **evaluation,
@@ -77,10 +78,9 @@ def write_report(out: Path, measured: Mapping[str, Mapping[str, float]], *, scal
         "total_seconds": round(sum(stage["seconds"] for stage in measured.values()), 1),
         "peak_memory_gb": round(max(stage["peak_bytes"] for stage in measured.values()) / 1e9, 2),
         "vq": {key: tokenizer[key] for key in ("psnr_db", "codebook_used", "codebook_size", "perplexity")},
+        "machine": environment(),
     }
-    temporary = out / "report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(out / "report.json")
+    write_atomically(out / "report.json", json.dumps(report, indent=2).encode() + b"\n")
     print_figures(report)
     vq = report["vq"]
     print(

@@ -24,6 +24,7 @@ import psutil
 import vilg
 from vilg.config import Recipe, load_recipe
 from vilg.errors import UserError
+from vilg.tokens.files import write_atomically
 
 STATE_FORMAT_VERSION = 1
 FAST_EVALUATION = ("--num-scenes", "8", "--num-candidates", "2")
@@ -137,7 +138,8 @@ def run_stages(plan: Sequence[Stage], state_file: Path) -> dict[str, dict[str, f
         else:
             print(f"\n{heading}\n$ {shlex.join(stage.command)}", flush=True)
             state[stage.name] = {"key": before, **_run(stage)}
-            _write_json(state_file, {"format_version": STATE_FORMAT_VERSION, "stages": state})
+            content = {"format_version": STATE_FORMAT_VERSION, "stages": state}
+            write_atomically(state_file, json.dumps(content, indent=2).encode() + b"\n")
         measured[stage.name] = {k: state[stage.name][k] for k in ("seconds", "peak_bytes")}
     return measured
 
@@ -185,12 +187,6 @@ def _read_state(path: Path) -> dict[str, dict]:
     if state.get("format_version") != STATE_FORMAT_VERSION:
         raise UserError(f"{path}: written by another version of the demo; choose another --out or delete the folder")
     return state["stages"]
-
-
-def _write_json(path: Path, content: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def recipes_folder(scale: str) -> Path:
