@@ -7,6 +7,7 @@ import torch
 from vilg.config.schema import ModelConfig
 from vilg.errors import UserError
 from vilg.inference.caption import TextDecoder
+from vilg.inference.commands import generate_main
 from vilg.inference.generate import ImageDecoder, generate_codes
 from vilg.inference.rerank import text_log_likelihood
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, guided, sample_tokens
@@ -146,3 +147,17 @@ def test_impossible_sampling_settings_name_the_field_and_what_would_work(bad):
         SamplingConfig(**bad)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--device abacus", "--device abacus: cannot be used here"),
+        ("--out {file}", "is a file; name a folder"),
+        ("--batch 0", "--batch 0"),
+        ("--seed -1", "--seed -1"),
+    ],
+)
+def test_options_that_cannot_work_are_named_before_the_model_is_opened(tmp_path, options, message):
+    (tmp_path / "file").touch()
+    given = options.format(file=tmp_path / "file").split()
+    with pytest.raises(UserError, match=message):
+        generate_main(["--model", "no-model", "--prompt", "a cat", "--out", str(tmp_path / "out"), *given])

@@ -1,6 +1,7 @@
 """`vilg generate` and `vilg caption`."""
 
 import argparse
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from vilg.inference.load import Bundle, load_model
 from vilg.inference.rerank import text_log_likelihood
 from vilg.inference.sampling import SamplingConfig
 from vilg.pictures.sheet import Cell, Picture, Section, sample_sheet
+from vilg.tokens.files import write_atomically
 from vilg.tokens.vqgan.images import BadImage, decode_image
 
 
@@ -41,10 +43,12 @@ def generate_main(argv: Sequence[str]) -> int:
     prompts = [*args.prompt, *_read_prompts(args.prompts)]
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file; name a folder")
 
     bundle = load_model(args.model, device=args.device)
-    chosen = {k: getattr(args, k) for k in ("guidance", "temperature", "top_k", "top_p") if getattr(args, k) is not None}
-    sampling = replace(bundle.sampling, **chosen)
+    given = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    sampling = replace(bundle.sampling, **{name: value for name, value in given.items() if value is not None})
     with tqdm(total=len(prompts) * args.num, unit="image", desc="drawing") as bar:
         images, codes = draw_images(
             bundle, prompts, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch, progress=bar.update
@@ -59,13 +63,14 @@ def caption_main(argv: Sequence[str]) -> int:
     """Image -> text from an export folder: one line of JSON for each picture on standard output."""
     parser = argparse.ArgumentParser(prog="vilg caption", description=caption_main.__doc__)
     parser.add_argument("images", nargs="+", type=Path, help="JPEG, PNG or WebP files")
-    parser.add_argument("--language", choices=("zh", "en"), help="restrict the caption's script; the model chooses otherwise")
+    parser.add_argument("--language", choices=("zh", "en"), help="the caption's script; the model chooses otherwise")
     args = _parse(parser, argv, temperature=0.0)
     sampling = replace(GREEDY, temperature=args.temperature)
     bundle = load_model(args.model, device=args.device)
     codes = bundle.encode_images(np.stack([_read_image(path, bundle.image_size[0]) for path in args.images]))
     captions = caption_codes(
-        bundle.model, bundle.spec, bundle.text, codes, language=args.language, sampling=sampling, seed=args.seed, batch=args.batch
+        bundle.model, bundle.spec, bundle.text, codes,
+        language=args.language, sampling=sampling, seed=args.seed, batch=args.batch,
     )  # fmt: skip
     for path, caption in zip(args.images, captions, strict=True):
         print(json.dumps({"image": str(path), "caption": caption}, ensure_ascii=False))
@@ -95,7 +100,17 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], *, temperature:
         raise UserError(f"--batch {args.batch}: decode at least one row at a time")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
+    check_device(args.device)
     return args
+
+
+def check_device(name: str) -> None:
+    """Raise UserError unless torch can compute on `--device name` here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a GPU that is not there, or torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({reason}); use cpu, or cuda with a GPU") from None
 
 
 def _read_prompts(path: Path | None) -> list[str]:
@@ -128,23 +143,26 @@ def _write_pictures(
     sampling: SamplingConfig,
 ) -> None:
     """Pictures as NNNN_RR.png (prompt, rank) with their facts as PNG text, one grid, one JSON line a candidate."""
-    out.mkdir(parents=True, exist_ok=True)
     lines, cells = [], []
     for row, prompt in enumerate(prompts):
         order = np.argsort(-scores[row], kind="stable")
         for rank, candidate in enumerate(order):
             kept = rank < keep
             name = f"{row:04d}_{rank:02d}.png"
-            facts = {"prompt": prompt, "seed": seed, "candidate": int(candidate), "score": round(float(scores[row, candidate]), 6)}
+            score = round(float(scores[row, candidate]), 6)
+            facts = {"prompt": prompt, "seed": seed, "candidate": int(candidate), "score": score}
             lines.append(facts | asdict(sampling) | {"file": name if kept else None})
             if kept:
                 text = PngInfo()
                 for key, value in (facts | asdict(sampling)).items():
                     text.add_itxt(key, str(value))
-                Image.fromarray(images[row, candidate]).save(out / name, pnginfo=text)
+                content = io.BytesIO()
+                Image.fromarray(images[row, candidate]).save(content, format="PNG", pnginfo=text)
+                write_atomically(out / name, content.getvalue())
         shown = [Picture(images[row, i], f"{scores[row, i]:.2f}") for i in order[:keep]]
         cells.append(Cell(shown, [prompt]))
-    scores_file = out / "scores.jsonl"
-    scores_file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     columns = max(1, 8 // keep)
-    sample_sheet([Section("", cells, columns=columns, note="under each picture: log-probability per prompt token")], out / "grid.png")
+    note = "under each picture: log-probability per prompt token"
+    sample_sheet([Section("", cells, columns=columns, note=note)], out / "grid.png")
+    scores_text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(out / "scores.jsonl", scores_text.encode())

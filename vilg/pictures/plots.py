@@ -29,7 +29,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def loss_plot(metrics: Sequence[dict[str, float]], path: Path, *, title: str) -> Path:
-    """Losses in nats per target token, and the learning rate, over optimizer steps; PNG, written atomically."""
+    """Losses in nats per target token, and the learning rate, over optimizer steps; PNG, written atomically.
+
+    Raises UserError if `path` cannot be written.
+    """
     steps = np.array([line["step"] for line in metrics])
     figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=120)
     axes = figure.subplots()
@@ -47,8 +50,11 @@ def loss_plot(metrics: Sequence[dict[str, float]], path: Path, *, title: str) ->
     rate.set_ylim(bottom=0)
     axes.legend(loc="upper right", frameon=False)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
     return path
 
 

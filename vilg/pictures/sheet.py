@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vilg.errors import UserError
 from vilg.pictures.text import DEFAULT_FONT, Color, Face
 
 PAPER: Color = (250, 249, 246)
@@ -115,7 +116,7 @@ def sample_sheet(
 
     Raises:
         ValueError: no picture at all, or one that is not uint8 [H, W, 3].
-        UserError: `font` cannot be read.
+        UserError: `font` cannot be read, or `path` cannot be written.
     """
     pictures = [picture for section in sections for cell in section.cells for picture in cell.pictures]
     if not pictures:
@@ -263,8 +264,11 @@ def _draw_badge(canvas: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> Non
 
 
 def _write(sheet: Image.Image, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    sheet.save(partial, format="PNG", optimize=True)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(partial, format="PNG", optimize=True)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
     return path
