@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.model_support import tiny_config, tiny_model
 from vilg.errors import UserError
+from vilg.inference.commands import caption_main, generate_main
 from vilg.inference.load import load_model
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import train_text_tokenizer
@@ -92,3 +94,16 @@ def test_a_missing_or_cut_file_is_named(folder, file):
     (folder / file).unlink()
     with pytest.raises(UserError, match=file):
         load_model(folder)
+
+
+def test_generate_and_caption_work_from_the_folder(folder, capsys):
+    out = folder / "drawn"
+    generate_main(["--model", str(folder), "--prompt", "a cat", "--num", "3", "--best", "2", "--out", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == ["0000_00.png", "0000_01.png", "grid.png", "scores.jsonl"]
+    scores = [json.loads(line) for line in (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["file"] for line in scores] == ["0000_00.png", "0000_01.png", None]
+    with Image.open(out / "0000_00.png") as picture:
+        assert picture.size == (16, 16) and picture.text["prompt"] == "a cat"
+    capsys.readouterr()
+    caption_main(["--model", str(folder), str(out / "0000_00.png"), "--language", "zh"])
+    assert set(json.loads(capsys.readouterr().out)) == {"image", "caption"}
