@@ -141,12 +141,13 @@ def test_every_command_of_the_readme_runs(demo, workplace):
         color = tuple(int(c) for c in rng.integers(0, 256, 3))
         Image.new("RGB", (40, 32), color).save(pictures / f"{index:03d}.png")
         (pictures / f"{index:03d}.txt").write_text(f"a plain picture of the colour number {index % 7}")
-    bin_folder = workplace / ".venv" / "bin"
-    (bin_folder / "sbatch").write_text('#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do shift; done\nexec bash "$@"\n')
-    (bin_folder / "srun").write_text('#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"\n')
-    (bin_folder / "scontrol").write_text("#!/bin/sh\necho localhost\n")
-    for name in ("sbatch", "srun", "scontrol"):
-        (bin_folder / name).chmod(0o755)
+    slurm = "export SLURM_SUBMIT_DIR=$PWD SLURM_JOB_ID=1 SLURM_JOB_NODELIST=here SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0"
+    skip_options = 'while [ "${1#-}" != "$1" ]; do shift; done'
+    stand_ins = {"sbatch": f'{slurm}\n{skip_options}\nexec bash "$@"', "srun": f'{skip_options}\nexec "$@"', "scontrol": "echo localhost"}
+    for name, body in stand_ins.items():
+        script = workplace / ".venv" / "bin" / name
+        script.write_text(f"#!/bin/sh\n{body}\n")
+        script.chmod(0o755)
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [line for block in README_BLOCK.findall(text) for line in block.splitlines() if line.strip()]

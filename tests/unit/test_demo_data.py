@@ -118,6 +118,7 @@ def test_command_line_takes_a_file_and_overrides(tmp_path, capsys):
         (["num_glyphs"], "expected key=value"),
         (["tint=99"], "tint=99: .*less than or equal to 16"),
         (["sizes=[40]"], "a glyph is 8 to 32 pixels"),
+        (["place_steps=[4, 4]"], "one for all or one for each of sizes"),
     ],
 )
 def test_wrong_settings_name_the_option_and_what_would_work(overrides, message):

@@ -127,7 +127,7 @@ def test_both_languages_are_drawn():
 
 
 def test_picture_is_background_around_the_glyph_at_its_place():
-    config = SceneConfig(sizes=(16,), place_step=4, tint=0)
+    config = SceneConfig(sizes=(16,), place_steps=(4,), tint=0)
     scene = make_scene(config, "train", 0)
     image, (x, y) = render(config, scene), scene.places[0]
     inside = np.zeros(image.shape[:2], dtype=bool)
@@ -145,7 +145,9 @@ def test_two_objects_stay_in_their_halves_and_differ():
 def test_places_lie_on_the_step_and_step_zero_centres():
     assert all(x % 4 == 0 and y % 4 == 0 and max(x, y) + 20 <= 32 for x, y in places_for(SceneConfig(), 20))
     assert len(places_for(SceneConfig(), 20)) == 16
-    assert places_for(SceneConfig(place_step=0), 20) == [(6, 6)]
+    assert places_for(SceneConfig(place_steps=(0,)), 20) == [(6, 6)]
+    mixed = SceneConfig(sizes=(24, 28), place_steps=(0, 4))
+    assert (len(places_for(mixed, 24)), len(places_for(mixed, 28))) == (1, 4)
 
 
 @pytest.mark.parametrize(

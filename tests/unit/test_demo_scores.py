@@ -41,7 +41,7 @@ def test_the_sample_above_holds_every_combination_of_the_default_recipe():
 
 
 def test_nearest_agrees_with_brute_force_on_noisy_pictures():
-    config = SceneConfig(num_glyphs=4, num_backgrounds=3, sizes=(16, 20), place_step=8, held_out_fraction=0.34)
+    config = SceneConfig(num_glyphs=4, num_backgrounds=3, sizes=(16, 20), place_steps=(8, 8), held_out_fraction=0.34)
     wanted = [make_scene(config, "train", index) for index in range(12)]
     noise = np.random.default_rng(0).normal(0, 90, (12, 32, 32, 3))
     images = np.clip([render(config, s) + n for s, n in zip(wanted, noise)], 0, 255).astype(np.uint8)

@@ -15,7 +15,7 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -67,7 +67,9 @@ class SceneConfig(BaseModel):
     num_backgrounds: int = Field(12, ge=2, le=len(BACKGROUNDS), description="Named background colours in use.")
     image_size: Literal[32, 48, 64] = Field(32, description="Side of the square picture, pixels.")
     sizes: tuple[int, ...] = Field((20, 24, 28), min_length=1, description="Sides a glyph may be drawn at, pixels.")
-    place_step: int = Field(4, ge=0, description="Grid of a glyph's corner, pixels; 0 centres every glyph.")
+    place_steps: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (4,), description="Grid of a glyph's corner, pixels, one for all or one for each of `sizes`; 0 centres it."
+    )
     tint: int = Field(8, ge=0, le=16, description="Largest shift of each background channel, levels of 255.")
     two_objects: bool = Field(False, description="Two glyphs, one in each half of the picture, instead of one.")
     held_out_fraction: float = Field(0.25, ge=0, lt=0.5, description="Share of each glyph's backgrounds held out.")
@@ -85,6 +87,8 @@ class SceneConfig(BaseModel):
                 f"sizes={list(self.sizes)}: a glyph is 8 to {self.frame_width} pixels here "
                 f"(image_size={self.image_size}, two_objects={str(self.two_objects).lower()})"
             )
+        if len(self.place_steps) not in (1, len(self.sizes)):
+            problems.append(f"place_steps={list(self.place_steps)}: give one for all or one for each of sizes={list(self.sizes)}")
         if len(set(self.sizes)) != len(self.sizes):
             problems.append(f"sizes={list(self.sizes)} names a size twice")
         if self.num_held_out and not self.backgrounds_held_out:
@@ -220,11 +224,12 @@ def _round(config: SceneConfig, split: str, number: int) -> tuple[tuple[int, int
 
 
 def places_for(config: SceneConfig, size: int) -> list[tuple[int, int]]:
-    """Corners (x, y) within its frame that a glyph of side `size` may take: multiples of `place_step`, or centred."""
+    """Corners (x, y) within its frame that a glyph of side `size` may take: multiples of its step, or centred."""
+    step = config.place_steps[config.sizes.index(size) if len(config.place_steps) > 1 else 0]
     free = (config.frame_width - size, config.image_size - size)
-    if config.place_step == 0:
+    if step == 0:
         return [(free[0] // 2, free[1] // 2)]
-    columns, rows = (range(0, room + 1, config.place_step) for room in free)
+    columns, rows = (range(0, room + 1, step) for room in free)
     return [(x, y) for y in rows for x in columns]
 
 
