@@ -237,7 +237,18 @@ def test_pipeline_with_high_zero_stage_is_refused(write, stage):
 def test_half_precision_needs_zero_one(write, precision):
     path = write(("precision: fp32", f"precision: {precision}"), stage=0)
     assert f"{path}:3:1: precision={precision} needs ZeRO stage 1 or more" in message_of(path)
-    assert load_recipe(path, ["--parallel.engine=torch"]).precision == precision
+
+
+def test_the_torch_engine_takes_bf16_but_not_fp16_which_needs_loss_scaling(write):
+    path = write(stage=0)
+    assert load_recipe(path, ["--parallel.engine=torch", "--precision=bf16"]).precision == "bf16"
+    assert "needs DeepSpeed's loss scaling" in message_of(path, ["--parallel.engine=torch", "--precision=fp16"])
+
+
+def test_sample_sheets_of_weights_that_zero_three_cuts_up_are_refused(write):
+    drawn = ["--samples.every_steps=5", "--samples.prompts=[a cat]"]
+    assert "which ZeRO stage 3 of" in message_of(write(stage=3), drawn)
+    assert load_recipe(write(stage=1), drawn).samples.every_steps == 5
 
 
 def test_missing_deepspeed_file_is_a_problem_of_its_key(write):

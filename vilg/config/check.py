@@ -106,6 +106,10 @@ def _engine(r: Any, known: Surroundings) -> Iterator[Problem]:
                 f"parallel.{name}",
                 f"parallel.{name}={size} needs parallel.engine=deepspeed; engine torch is one process",
             )
+    if r.precision == "fp16":
+        yield Problem(
+            "precision", "precision=fp16 needs DeepSpeed's loss scaling; use parallel.engine=deepspeed, or bf16 or fp32"
+        )
 
 
 def _stages(r: Any, known: Surroundings) -> Iterator[Problem]:
@@ -212,6 +216,12 @@ def _samples(r: Any, known: Surroundings) -> Iterator[Problem]:
             "samples.top_k",
             f"samples.top_k={r.samples.top_k} is more than tokens.image_vocab_size={r.tokens.image_vocab_size}; "
             "use 0 to keep all codes",
+        )
+    if r.samples.every_steps and r.parallel.engine == "deepspeed" and known.zero_stage == 3:
+        yield Problem(
+            "samples.every_steps",
+            f"samples.every_steps={r.samples.every_steps} draws with whole weights, which ZeRO stage 3 of "
+            f"{r.parallel.deepspeed} does not keep; use 0, or ds_configs/zero1.json",
         )
 
 
