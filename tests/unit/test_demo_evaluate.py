@@ -46,4 +46,5 @@ def test_the_wrong_caption_names_another_object_and_at_least_another_background(
 def test_what_cannot_be_measured_is_named_before_the_model_is_opened(tmp_path, config, options, message):
     write_raw(config, tmp_path / "raw", progress=False)
     with pytest.raises(UserError, match=message):
-        evaluate(tmp_path / "no-model", tmp_path / "raw", **{"num_scenes": 4, "num_candidates": 2, "seed": 0, **options})
+        given = {"num_scenes": 4, "num_candidates": 2, "seed": 0, **options}
+        evaluate(tmp_path / "no-model", tmp_path / "raw", **given)

@@ -19,9 +19,10 @@ import numpy as np
 
 from vilg.data.tar import ByteSource, Member, ShardError, members, pread_all
 from vilg.tokens.files import write_atomically
+from vilg.tokens.vqgan.images import IMAGE_SUFFIXES
 
 TOKEN_FIELDS = ("img.npy", "txt", "json")
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+IMAGE_FIELDS = IMAGE_SUFFIXES
 RAW_FIELDS = (*IMAGE_FIELDS, "txt", "json")
 INDEX_VERSION = 1
 _INDEX_HEADER = 1024  # bytes of the JSON line, padded with blanks

@@ -58,10 +58,12 @@ def print_figures(report: Mapping[str, Any]) -> None:
             ("nll_right", "nats/token, right caption"),
             ("nll_wrong_caption", "nats/token, wrong caption"),
         ):
-            print(f"{language}  {label:30}{report['seen'][language][key]:20.3f}{report['held_out'][language][key]:14.3f}")
+            seen, held_out = (report[split][language][key] for split in SPLIT_HEADINGS)
+            print(f"{language}  {label:30}{seen:20.3f}{held_out:14.3f}")
     for what in ("reconstruction", "real"):
         label = f"object right on {what} pictures"
-        print(f"    {label:30}{report['seen'][what]['glyph_recall']:20.3f}{report['held_out'][what]['glyph_recall']:14.3f}")
+        seen, held_out = (report[split][what]["glyph_recall"] for split in SPLIT_HEADINGS)
+        print(f"    {label:30}{seen:20.3f}{held_out:14.3f}")
 
 
 def write_report(out: Path, measured: Mapping[str, Mapping[str, float]], *, scale: str, seed: int) -> None:
@@ -69,7 +71,8 @@ def write_report(out: Path, measured: Mapping[str, Mapping[str, float]], *, scal
     evaluation = json.loads((out / "evaluation" / "scenes.json").read_text())
     tokenizer = json.loads((out / "image_tokenizer" / "metrics.json").read_text())
     write_atomically(out / "samples.png", (out / "evaluation" / "samples.png").read_bytes())
-    loss_plot(read_metrics(out / "run" / "logs" / "metrics.jsonl"), out / "loss.png", title=f"vilg {scale}, seed {seed}")
+    metrics = read_metrics(out / "run" / "logs" / "metrics.jsonl")
+    loss_plot(metrics, out / "loss.png", title=f"vilg {scale}, seed {seed}")
     report = {
         **evaluation,
         "scale": scale,

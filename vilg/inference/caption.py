@@ -28,10 +28,11 @@ _LATIN = re.compile(r"[A-Za-z]")
 
 
 def allowed_tokens(text: TextTokenizer, language: Language | None) -> Tensor:
-    """bool [V]: which tokens a caption may hold: never a begin, padding or unknown token, and only the language's script.
+    """bool [V]: which tokens a caption may hold: no begin, padding or unknown token, and only the language's script.
 
     Both languages share one model and no tag tells them apart, so the script is what a caller can ask for: `zh`
-    forbids pieces with Latin letters, `en` pieces with Chinese characters (and byte pieces, which could spell either).
+    forbids pieces with Latin letters, `en` pieces with Chinese characters; both forbid byte pieces, which could spell
+    either.
     """
     allowed = torch.ones(text.vocab_size, dtype=torch.bool)
     allowed[[UNKNOWN, BEGIN_OF_TEXT, PAD]] = False
@@ -115,7 +116,8 @@ def caption_codes(
     for start in range(0, len(codes), batch):
         part = codes[start : start + batch].to(device)
         uniforms = np.stack([candidate_uniforms(seed, start + i, spec.text_slots) for i in range(len(part))])
-        ids = _decode_batch(TextDecoder(model, spec, part), spec, torch.from_numpy(uniforms).to(device), forbidden, sampling)
+        decoder = TextDecoder(model, spec, part)
+        ids = _decode_batch(decoder, spec, torch.from_numpy(uniforms).to(device), forbidden, sampling)
         captions.extend(text.decode(row) for row in ids)
         if progress:
             progress(len(part))

@@ -98,9 +98,8 @@ def generate_codes(
             uniforms = np.stack(
                 [candidate_uniforms(seeds[row], i, spec.image_slots) for row in rows for i in candidates]
             )
-            codes = _decode_batch(
-                model, spec, [prompts[row] for row in rows], len(candidates), torch.from_numpy(uniforms).to(device), sampling
-            )
+            drawn_from = torch.from_numpy(uniforms).to(device)
+            codes = _decode_batch(model, spec, [prompts[row] for row in rows], len(candidates), drawn_from, sampling)
             out[rows.start : rows.stop, candidates.start : candidates.stop] = codes.view(len(rows), len(candidates), -1)
             if progress:
                 progress(len(rows) * len(candidates))

@@ -11,7 +11,11 @@ from matplotlib.figure import Figure
 from vilg.errors import UserError
 
 matplotlib.rcParams["font.size"] = 9
-_LOSSES = (("loss", "total", "#444444"), ("image_loss", "text → image", "#c2571a"), ("text_loss", "image → text", "#1f6fb4"))
+_LOSSES = (
+    ("loss", "total", "#444444"),
+    ("image_loss", "text → image", "#c2571a"),
+    ("text_loss", "image → text", "#1f6fb4"),
+)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
