@@ -162,6 +162,7 @@ def evaluate(
         "sampling": vars(bundle.sampling),
         "glyphs": config.num_glyphs,
         "backgrounds": config.num_backgrounds,
+        "held_out_backgrounds_per_glyph": config.backgrounds_held_out,
         **{split: result.figures for split, result in results.items()},
     }
     return report, results

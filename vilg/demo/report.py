@@ -49,6 +49,7 @@ def print_figures(report: Mapping[str, Any]) -> None:
     """The evaluation as a table."""
     count = report["best_of_n"]
     print(f"\n{'':34}{'seen (memorised)':>20}{'held out':>14}")
+    print(f"    {'scenes measured':30}{report['seen']['scenes']:20}{report['held_out']['scenes']:14}")
     for language in LANGUAGES:
         for key, label in (
             ("caption_exact", "caption exactly right"),
