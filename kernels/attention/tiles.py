@@ -43,7 +43,7 @@ def image_box(view: Window, first_row: int, first_col: int, tile: Tile, causal: 
 
 
 def score_tiles(view: Window, tile: Tile, causal: bool) -> int:
-    """Number of 64 x 64 image-image score tiles one head of one sample computes."""
+    """Number of image-image score tiles (a tile of queries x 64 keys) one head of one sample computes."""
     total = 0
     for first_row in range(0, view.rows, tile.rows):
         for first_col in range(0, view.cols, tile.cols):
@@ -53,12 +53,12 @@ def score_tiles(view: Window, tile: Tile, causal: bool) -> int:
 
 
 @lru_cache(maxsize=256)
-def choose_tile(view: Window) -> Tile:
-    """The 64-slot rectangle with the fewest score tiles over both directions; the squarest among equals.
+def choose_tile(view: Window, slots: int = BLOCK) -> Tile:
+    """The rectangle of `slots` (a power of two) with the fewest score tiles over both directions; squarest among equals.
 
     Row and column tiles become flat and tall (2 x 32 and 32 x 2 on 32 x 32), conv tiles compact, one-row views 1 x 64.
     """
-    shapes = [Tile(1 << i, BLOCK >> i) for i in range(BLOCK.bit_length())]
+    shapes = [Tile(1 << i, slots >> i) for i in range(slots.bit_length())]
     fitting = [t for t in shapes if t.rows < 2 * view.rows and t.cols < 2 * view.cols]
 
     def cost(tile: Tile) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.attention import triton_op
 from kernels.attention.triton_common import joined
 
-CANDIDATES = 4  # a program; more would spill registers or need 16 for a matmul
+CANDIDATES = 4  # a program, half as many in fp32; more would spill registers or need 16 for a matmul
 
 
 @triton.jit
@@ -100,13 +100,13 @@ def decode(
     samples, text_slots = text_k.shape[0], text_k.shape[2]
     group = batch // samples
     out = q.new_empty(batch, heads, channels)
-    candidates = min(CANDIDATES, triton.next_power_of_2(group))
+    candidates = min(CANDIDATES if q.element_size() == 2 else CANDIDATES // 2, triton.next_power_of_2(group))
     block_d = max(16, triton.next_power_of_2(channels))
     constants = {
         "QK_SCALE": scale * triton_op.LOG2_E,
         "D": channels,
         "BLOCK_D": block_d,
-        "BLOCK_N": max(16, 4096 // (block_d * candidates)),
+        "BLOCK_N": max(16, 8192 // (q.element_size() * block_d * candidates)),
         "CANDIDATES": candidates,
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
     }

@@ -41,15 +41,20 @@ def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> 
     """
     chunk = BLOCK // 2 if kernel == "key_gradient" else BLOCK  # two accumulators: with 64 queries a step it spills
     if itemsize >= 4:
-        return LaunchConfig(8, 1, BLOCK // 2)
+        return LaunchConfig(8, 1, BLOCK // 4) if block_d >= 128 else LaunchConfig(4, 1, BLOCK // 2)
     if block_d >= 128 or (kernel != "forward" and capability < 90):
         return LaunchConfig(8, 2, chunk)
     return LaunchConfig(4, 2, chunk)
 
 
+def tile_size(dtype: torch.dtype) -> int:
+    """Slots of a tile. fp32 operands are split into TF32 parts held in registers: they spill in tiles of 64."""
+    return BLOCK if dtype.itemsize == 2 else BLOCK // 2
+
+
 def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype) -> dict:
     """The constexpr arguments that all three kernels share."""
-    tile = choose_tile(view)
+    tile = choose_tile(view, tile_size(dtype))
     return {
         "QK_SCALE": scale * LOG2_E,
         "D": channels,
@@ -92,8 +97,8 @@ class _Launch:
         q = tensors[0]
         self.view = Window(*window)
         self.text_slots = q.shape[2] - self.view.num_slots
-        self.text_tiles = -(-self.text_slots // BLOCK)
-        tile = choose_tile(self.view)
+        self.text_tiles = -(-self.text_slots // tile_size(q.dtype))
+        tile = choose_tile(self.view, tile_size(q.dtype))
         self.image_tiles = tile.count(self.view)
         self.programs = q.shape[0] * q.shape[1]
         self.itemsize = q.element_size()
