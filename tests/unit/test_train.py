@@ -120,12 +120,32 @@ def test_metrics_after_the_checkpoint_and_a_cut_line_are_removed(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
+def open_run_dir(recipe):
+    """Open and let go again, as a start that ends does."""
+    lock = rundir.RunLock(recipe.run_dir)
+    try:
+        return rundir.open_run_dir(recipe, lock)
+    finally:
+        lock.release()
+
+
+def test_a_folder_in_use_by_another_run_is_refused_until_that_ends(tmp_path):
+    mine = recipe(f"run_dir={tmp_path / 'run'}")
+    lock = rundir.RunLock(mine.run_dir)
+    rundir.open_run_dir(mine, lock)
+    rundir.write_recipe(mine)
+    with pytest.raises(UserError, match="in use by a run that is still going"):
+        open_run_dir(mine)
+    lock.release()
+    assert open_run_dir(mine) == (None, [])
+
+
 def test_run_folder_of_another_recipe_is_refused_with_all_differing_keys(tmp_path):
     mine = recipe(f"run_dir={tmp_path / 'run'}")
-    rundir.open_run_dir(mine)
+    open_run_dir(mine)
     rundir.write_recipe(mine)
     with pytest.raises(UserError) as error:
-        rundir.open_run_dir(
+        open_run_dir(
             recipe(f"run_dir={tmp_path / 'run'}", "optimizer.lr=0.1", "model.num_layers=2", "logging.every_steps=1")
         )
     assert "optimizer.lr: 0.002 there, 0.1 here" in str(error.value) and "model.num_layers" in str(error.value)
@@ -135,10 +155,10 @@ def test_run_folder_of_another_recipe_is_refused_with_all_differing_keys(tmp_pat
 
 def test_harmless_changes_of_a_recipe_become_notes(tmp_path):
     mine = recipe(f"run_dir={tmp_path / 'run'}")
-    rundir.open_run_dir(mine)
+    open_run_dir(mine)
     rundir.write_recipe(mine)
     changed = recipe(f"run_dir={tmp_path / 'run'}", "schedule.steps=60", "samples.temperature=0.5")
-    checkpoint, notes = rundir.open_run_dir(changed)
+    checkpoint, notes = open_run_dir(changed)
     assert checkpoint is None and len(notes) == 2 and "schedule.steps changed from 50 to 60" in notes[1]
 
 
@@ -150,7 +170,7 @@ def test_a_place_that_is_no_run_folder_is_refused(tmp_path, content):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="is a file" if content == "file" else "thesis.tex"):
-        rundir.open_run_dir(recipe(f"run_dir={tmp_path / 'run'}"))
+        open_run_dir(recipe(f"run_dir={tmp_path / 'run'}"))
 
 
 def test_slurm_variables_become_torch_ones():

@@ -35,7 +35,7 @@ def write(folder: Path) -> None:
 
 
 def save(run: Path, step: int, writer=write, keep_last: int = 2) -> Path:
-    return save_checkpoint(run, state(step), writer, ranks=Ranks(), keep_last=keep_last)
+    return save_checkpoint(run, state(step), [writer], ranks=Ranks(), keep_last=keep_last)
 
 
 class Crash(BaseException):

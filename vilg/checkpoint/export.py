@@ -79,6 +79,8 @@ def export(
     dtype = dtype or state.layout["precision"]
     if out.exists() and not overwrite and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out} exists already; name a new folder, or replace it with --overwrite")
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / INDEX_FILE).exists():
+        raise UserError(f"{out} holds no export, so --overwrite will not replace it; name a new folder")
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

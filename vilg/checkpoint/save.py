@@ -6,7 +6,7 @@ All files go into a hidden folder and are flushed; the folder is renamed; `LATES
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +25,12 @@ def step_name(step: int) -> str:
 
 
 def save_checkpoint(
-    run_dir: Path, state: RunState, write: Callable[[Path], None], *, ranks: Ranks, keep_last: int
+    run_dir: Path, state: RunState, writes: Sequence[Callable[[Path], None]], *, ranks: Ranks, keep_last: int
 ) -> Path:
     """Make `run_dir/checkpoints/step_XXXXXXXX` the latest checkpoint; all ranks call it, all return its path.
 
-    write: called on every rank with the hidden folder (same file system as the final one); each rank puts its files
-    there and flushes them. Older checkpoints beyond the newest `keep_last` are deleted afterwards.
+    writes: called in turn on every rank with the hidden folder (same file system as the final one); each puts its files
+    there and flushes them, and all ranks agree that one went well before the next begins. Older checkpoints beyond the newest `keep_last` are deleted afterwards.
     Raises SharedError on all ranks if any could not write; the previous checkpoint is then untouched.
     """
     folder = run_dir / CHECKPOINTS
@@ -38,7 +38,8 @@ def save_checkpoint(
     partial = folder / f".{final.name}{_PARTIAL}"
     try:
         ranks.on_main(lambda: _fresh_folder(partial))
-        ranks.together(lambda: write(partial))
+        for write in writes:
+            ranks.together(lambda: write(partial))
         ranks.on_main(lambda: _publish(partial, final, state))
     except SharedError as error:
         if ranks.is_main:

@@ -82,7 +82,7 @@ def stages(
           f"--tokens.text_model={text_model}", f"--tokens.image_model={image_model}"), (train,),
          out / "run" / "DONE"),
         ("export", "Convert the sharded checkpoint into one folder for inference",
-         (*alone, "export", out / "run", "--out", export), (), export / "config.json"),
+         (*alone, "export", out / "run", "--out", export, "--overwrite"), (), export / "config.json"),
         ("evaluate", "Measure both directions on seen and held-out scenes, and draw the sheet",
          (*alone, "eval", "scenes", "--model", export, "--raw", raw, "--out", out / "evaluation", "--seed", seed,
           *evaluation), (), out / "evaluation" / "scenes.json"),

@@ -71,6 +71,8 @@ def process_environment(environment: Mapping[str, str]) -> dict[str, str]:
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if found["WORLD_SIZE"].isdigit() and int(found["WORLD_SIZE"]) > 1:
         found |= {name: environment.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
+    if not found.get("MASTER_PORT", "0").isdigit() and found["MASTER_PORT"]:
+        raise UserError(f"MASTER_PORT={found['MASTER_PORT']!r} is no number; use a free port below 32768")
     missing = sorted(name for name, value in found.items() if not value)
     if missing:
         raise UserError(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 
 from vilg.config.schema import GuardsConfig
-from vilg.errors import UserError
+from vilg.parallel.ranks import SharedError
 from vilg.train.step import StepResult
 
 
@@ -18,14 +18,14 @@ class NonFiniteGuard:
     total: int = 0
 
     def check(self, step: int, result: StepResult, config: GuardsConfig) -> str | None:
-        """A warning if the step was skipped. Raises UserError once more than the allowed number follow each other."""
+        """A warning if the step was skipped. Raises SharedError, on all ranks, once more than the allowed number follow each other."""
         if not result.skipped:
             self.in_a_row = 0
             return None
         self.in_a_row += 1
         self.total += 1
         if self.in_a_row > config.max_nonfinite_steps:
-            raise UserError(
+            raise SharedError(
                 f"step {step}: the {self.in_a_row}th step in a row with a non-finite loss or gradient (allowed: "
                 f"guards.max_nonfinite_steps={config.max_nonfinite_steps}). The last checkpoint is from before; lower "
                 "optimizer.lr or optimizer.grad_clip, lengthen schedule.warmup_steps, or leave fp16"

@@ -62,3 +62,4 @@ def train(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
         outcome = "finished" if not run.steps_left else "saved; the same command continues it"
         run.log.say(f"{recipe.name}: {outcome} at step {run.step} of {recipe.schedule.steps}")
         run.log.close()
+        run.lock.release()

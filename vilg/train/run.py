@@ -27,7 +27,7 @@ from vilg.train.engine import Engine, build_engine
 from vilg.train.guards import NonFiniteGuard
 from vilg.train.log import RunLog
 from vilg.train.metrics import Meter, step_flops
-from vilg.train.rundir import DONE_FILE, LOGS, SAMPLES, open_run_dir, write_recipe
+from vilg.train.rundir import DONE_FILE, LOGS, SAMPLES, RunLock, open_run_dir, write_recipe
 from vilg.train.samples import Sampler
 from vilg.train.step import StepPlan, StepResult
 
@@ -46,6 +46,7 @@ class Run:
     sampler: Sampler | None
     tokenizers: dict[str, str]
     position: LoaderState
+    lock: RunLock
     step: int = 0
     tokens: int = 0
     saved_step: int | None = None
@@ -61,7 +62,12 @@ class Run:
         self.tokens += tokens
         self.meter.count(tokens)
         self.log.step(plan, result)
-        if warning := self.guard.check(plan.step, result, self.recipe.guards):
+        try:
+            warning = self.guard.check(plan.step, result, self.recipe.guards)
+        except SharedError:
+            self.log.flush()  # the steps that were not finite are what people will look for
+            raise
+        if warning:
             self.log.warn(warning)
 
     def due(self, every: int) -> bool:
@@ -101,7 +107,7 @@ class Run:
         )
         with self.meter.paused():
             path = save_checkpoint(
-                self.recipe.run_dir, state, self._write, ranks=self.ranks, keep_last=self.recipe.checkpoint.keep_last
+                self.recipe.run_dir, state, (self.engine.save, self._write_probes), ranks=self.ranks, keep_last=self.recipe.checkpoint.keep_last
             )
         self.saved_step = self.step
         self.log.say(f"saved {path} in {time.perf_counter() - started:.1f} s")
@@ -111,8 +117,7 @@ class Run:
         if self.ranks.is_main:
             write_atomically(self.recipe.run_dir / DONE_FILE, f"{self.step}\n".encode())
 
-    def _write(self, folder: Path) -> None:
-        self.engine.save(folder)
+    def _write_probes(self, folder: Path) -> None:
         probes = compute_probes(self.engine.model)
         if self.ranks.is_main:
             save_probes(probes, folder)
@@ -152,10 +157,13 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
     image = ranks.together(lambda: ImageTokenizer.load(recipe.tokens.image_model))
     tokenizers = {"text": text.hash, "image": image.hash}
     spec = sequence_spec(recipe)
-    checkpoint, notes = ranks.on_main(lambda: open_run_dir(recipe))
+    lock = RunLock(recipe.run_dir)
+    checkpoint, notes = ranks.on_main(lambda: open_run_dir(recipe, lock))
     before = ranks.on_main(lambda: read_state(checkpoint) if checkpoint else None)
     if before and before.step >= recipe.schedule.steps:
         if ranks.is_main:
+            # A run killed between its last checkpoint and its DONE file comes past here.
+            write_atomically(recipe.run_dir / DONE_FILE, f"{before.step}\n".encode())
             print(f"{recipe.run_dir} is finished: {before.step} of {recipe.schedule.steps} steps. Nothing to do")
         return None
     model = Vilg(recipe.model, spec, grid=grid)
@@ -194,6 +202,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         sampler=sampler,
         tokenizers=tokenizers,
         position=loader.state,
+        lock=lock,
     )
     if before:
         run.step, run.tokens, run.saved_step = before.step, before.tokens, before.step

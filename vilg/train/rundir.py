@@ -3,10 +3,12 @@
 config.yaml  deepspeed.json  checkpoints/  LATEST  logs/  samples/  DONE (after the last step)
 """
 
+import errno
+import fcntl
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vilg.checkpoint.load import latest_checkpoint
 from vilg.checkpoint.save import LATEST, sweep
@@ -37,13 +39,43 @@ CHANGEABLE = {
 _FOREIGN_ALLOWED = {LOGS, SAMPLES}  # a batch script may have opened its log here before the run starts
 
 
-def open_run_dir(recipe: Recipe) -> tuple[Path | None, list[str]]:
+class RunLock:
+    """Keeps a second `vilg train` out of a run folder; the system frees it when this process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self._stream: IO[bytes] | None = None
+
+    def acquire(self) -> None:
+        """Raises UserError if another process holds it. File systems that cannot lock are taken as they are."""
+        self._stream = open(self.path, "ab")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run_dir={self.path.parent} is in use by a run that is still going; wait for it, stop it, or give this "
+                "one its own folder (--run_dir=...)"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                raise
+
+    def release(self) -> None:
+        """Let others in; nothing if it is not held."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def open_run_dir(recipe: Recipe, lock: RunLock) -> tuple[Path | None, list[str]]:
     """Make or recognise the run folder; the checkpoint to continue from (None: start anew) and notes for people.
 
-    Called on one rank. Raises UserError if the folder belongs to something else or to another recipe, naming the keys.
+    Called on one rank, which holds `lock` from then on. Raises UserError if the folder is in use, or belongs to something
+    else or to another recipe, naming the keys.
     """
     folder = recipe.run_dir
     _check_place(folder)
+    lock.acquire()
     notes = []
     if (folder / CONFIG_FILE).exists():
         notes += compare(load_recipe(folder / CONFIG_FILE, cross_checks=False), recipe, folder)
