@@ -39,8 +39,9 @@ def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> 
     `capability`: 80 (also for later devices below 90) or 90. Four warps run a 64 x 64 tile as one warp group of
     Hopper's; the gradients of Ampere spill registers with four.
     """
-    chunk = BLOCK // 2 if kernel == "key_gradient" else BLOCK  # two accumulators: with 64 queries a step it spills
-    if itemsize >= 4:
+    # the key gradient has two accumulators, and ptxas grants few registers to narrow heads: both spill in steps of 64
+    chunk = BLOCK // 2 if kernel == "key_gradient" or block_d <= 32 else BLOCK
+    if itemsize == 4:
         return LaunchConfig(8, 1, BLOCK // 4) if block_d >= 128 else LaunchConfig(4, 1, BLOCK // 2)
     if block_d >= 128 or (kernel != "forward" and capability < 90):
         return LaunchConfig(8, 2, chunk)
@@ -48,8 +49,11 @@ def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> 
 
 
 def tile_size(dtype: torch.dtype) -> int:
-    """Slots of a tile. fp32 operands are split into TF32 parts held in registers: they spill in tiles of 64."""
-    return BLOCK if dtype.itemsize == 2 else BLOCK // 2
+    """Slots of a tile. fp32 operands are split into TF32 parts held in registers: they spill in tiles of 64.
+
+    fp64 runs in the interpreter only and takes the tiles and chunks of bf16: its exact tests cover what trains.
+    """
+    return BLOCK // 2 if dtype == torch.float32 else BLOCK
 
 
 def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype) -> dict:
