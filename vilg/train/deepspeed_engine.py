@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         model = model.to(device).train()
         groups = optim.parameter_groups(list(model.named_parameters()), recipe.optimizer.weight_decay)
         optimizer, self.optimizer_name = optim.build_adamw(groups, recipe.optimizer, device)
-        with _silent(), _without_muon():
+        with _silent():
             self.engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -175,20 +175,6 @@ def _checkpoint_engine():
             return load_tensors(path, map_location=map_location, classes=classes)
 
     return TensorFiles()
-
-
-@contextlib.contextmanager
-def _without_muon() -> Iterator[None]:
-    """Hide DeepSpeed's Muon, which `initialize` looks for and does without: it would load a compiler (2-5 s)."""
-    name = "deepspeed.runtime.zero.muon.muon_optimizer"
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None
-    try:
-        yield
-    finally:
-        del sys.modules[name]
 
 
 @contextlib.contextmanager
