@@ -62,6 +62,7 @@ class Compiled:
     tensor_core: int
 
     def problems(self) -> list[str]:
+        """Why the gate refuses this kernel; empty if it does not."""
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
@@ -146,6 +147,7 @@ def compile_launch(launch: Recorded, capability: int, pattern: str, dtype: str, 
 
 
 def compile_all(patterns, dtypes, channels, capabilities=(80, 90)) -> list[Compiled]:
+    """Every kernel of every combination; `dtypes` are names of torch dtypes, `channels` widths of a head."""
     return [
         compile_launch(launch, capability, pattern, dtype, width)
         for dtype in dtypes
@@ -167,6 +169,7 @@ def markdown(rows: list[Compiled]) -> str:
 
 
 def main() -> int:
+    """The command line; the exit status is 1 if a kernel has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patterns", default=",".join(PATTERNS))
     parser.add_argument("--dtypes", default="bfloat16")

@@ -79,6 +79,7 @@ def load_rows(BASE, slot, row_stride, exists, D: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def store_rows(BASE, slot, row_stride, exists, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write [slots, BLOCK_D] of one head in the dtype of BASE; only rows that exist and channels below D."""
     channel = tl.arange(0, BLOCK_D)
     pointers = BASE + slot[:, None] * row_stride + channel[None, :]
     tl.store(pointers, value.to(BASE.dtype.element_ty), mask=exists[:, None] & (channel < D)[None, :])

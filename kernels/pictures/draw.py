@@ -26,6 +26,7 @@ TILE, QUERY, TARGET, SOURCE = "#e07b00", "#c00000", "#2f74b5", "#8fb8de"
 
 
 def draw_tile(axes, pattern: str, causal: bool) -> None:
+    """One query tile near the middle of the image, the box its program reads and what one query sees."""
     view = window(pattern, GRID)
     tile = choose_tile(view)
     first_row = view.rows // 2 // tile.rows * tile.rows
@@ -49,6 +50,7 @@ def draw_tile(axes, pattern: str, causal: bool) -> None:
 
 
 def draw_mask(axes, pattern: str) -> None:
+    """The mask of the whole sequence, text -> image over image -> text."""
     length, prefix, target = (torch.tensor([n], dtype=torch.int32) for n in (12, 12, 1))
     levels = torch.zeros(80, 80, dtype=torch.int64)
     levels[dense_mask(pattern, (8, 8), 16, length, prefix * 0, target * 0, conv_size=5)[0]] = 1
@@ -62,6 +64,7 @@ def draw_mask(axes, pattern: str) -> None:
 
 
 def draw(pattern: str, folder: Path) -> Path:
+    """Write `<pattern>.png` into `folder` and return its path."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.4))
     tile = choose_tile(window(pattern, GRID))
     draw_tile(axes[0], pattern, True)
@@ -85,6 +88,7 @@ def draw(pattern: str, folder: Path) -> Path:
 
 
 def main() -> None:
+    """Redraw all pictures beside this file."""
     for pattern in PATTERNS:
         print(draw(pattern, Path(__file__).parent))
 
