@@ -25,11 +25,11 @@ def workplace(tmp_path_factory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     bin_folder = folder / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
-    for name, module in (("vilg", "vilg"), ("torchrun", "torch.distributed.run")):
+    # A link to a virtual environment's Python would not find its packages; a script does.
+    for name, options in (("vilg", "-m vilg"), ("torchrun", "-m torch.distributed.run"), ("python", "")):
         script = bin_folder / name
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {options} "$@"\n')
         script.chmod(0o755)
-    (bin_folder / "python").symlink_to(sys.executable)
     return folder
 
 

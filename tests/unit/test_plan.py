@@ -47,7 +47,7 @@ def test_command_prints_figures_with_units_and_json(capsys):
 
 
 def test_ranks_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match="6"):
-        main([DEBUG, "--gpus", "6", "--parallel.tensor=4"])
-    with pytest.raises(UserError, match="--gpus 6 is no multiple of parallel.tensor=4"):
+    with pytest.raises(UserError, match="5"):
+        main([DEBUG, "--gpus", "5", "--parallel.tensor=2"])
+    with pytest.raises(UserError, match="--gpus 5 is no multiple of parallel.tensor=2"):
         make_plan(load_recipe(DEBUG, ["parallel.tensor=4"]), gpus=6)
