@@ -50,4 +50,4 @@ def test_ranks_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="5"):
         main([DEBUG, "--gpus", "5", "--parallel.tensor=2"])
     with pytest.raises(UserError, match="--gpus 5 is no multiple of parallel.tensor=2"):
-        make_plan(load_recipe(DEBUG, ["parallel.tensor=4"]), gpus=6)
+        make_plan(load_recipe(DEBUG, ["parallel.tensor=2"]), gpus=5)
