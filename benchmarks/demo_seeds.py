@@ -41,7 +41,6 @@ def summary(reports: list[dict]) -> dict[str, dict[str, float | list[float]]]:
         for what in ("real", "reconstruction"):
             values[f"{split}.{what}.glyph_recall"] = [report[split][what]["glyph_recall"] for report in reports]
     values["vq.psnr_db"] = [report["vq"]["psnr_db"] for report in reports]
-    values["total_seconds"] = [report["total_seconds"] for report in reports]
     values["peak_memory_gb"] = [report["peak_memory_gb"] for report in reports]
     return {
         key: {
