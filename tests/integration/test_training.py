@@ -327,9 +327,9 @@ def test_export_is_the_checkpoint_and_is_verified(two_processes, run, tmp_path, 
     weights = open_weights(latest_checkpoint(two_processes[run]))
     assert set(tensors) == set(weights.names)
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, weights.read(name, master=True)) and tuple(tensor.shape) == weights.shape(name)
+        assert torch.equal(tensor, weights.read(name, kind="master")) and tuple(tensor.shape) == weights.shape(name)
         if run == "bf16":
-            assert torch.equal(tensor.bfloat16(), weights.read(name, master=False))
+            assert torch.equal(tensor.bfloat16(), weights.read(name, kind="weight"))
     assert vilg(command) == 2 and "exists already" in capsys.readouterr().err
 
 

@@ -171,7 +171,7 @@ def _write_weights(
 
 
 def _converted(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    tensor = weights.read(name, master=True).to(dtype).contiguous()
+    tensor = weights.read(name, kind="master").to(dtype).contiguous()
     if not tensor.isfinite().all():
         raise UserError(
             f"{weights.folder}: {name} holds numbers that are not finite in {dtype}; "

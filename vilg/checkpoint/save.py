@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vilg.checkpoint.state import STATE_FILE, RunState, versions
+from vilg.checkpoint.state import STATE_FILE, RunState, source_commit, versions
 from vilg.checkpoint.tensors import write_failure
 from vilg.errors import UserError
 from vilg.parallel.ranks import Ranks, SharedError
@@ -84,7 +84,7 @@ def _publish(partial: Path, final: Path, state: RunState) -> None:
     try:
         # On a shared file system the other ranks' files must be visible here, with their sizes, before they are listed.
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
-        complete = replace(state, files=files, versions=versions())
+        complete = replace(state, files=files, versions=versions(), commit=source_commit())
         with open(partial / STATE_FILE, "w", encoding="utf-8") as stream:
             stream.write(complete.to_json())
             stream.flush()

@@ -1,18 +1,25 @@
-"""`run_state.json`: what a checkpoint says about itself, readable without torch or DeepSpeed."""
+"""`run_state.json`: what a checkpoint says about itself."""
 
 import hashlib
 import json
 import platform
+import subprocess
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from vilg import __version__
 from vilg.errors import UserError
+from vilg.parallel import layout
+from vilg.parallel.grid import Grid
+from vilg.parallel.ranks import Ranks
 
 STATE_FILE = "run_state.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
 # Nothing of the generators' state need be stored: every random choice is a pure function of these.
 RANDOMNESS = "every random choice is a function of (seed, purpose, step or global sample index)"
 _PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
@@ -25,7 +32,8 @@ class RunState:
     step: optimizer steps done. samples: pairs, tokens: filled slots, both over the whole run and all ranks. loader: its
     state as a dictionary. skipped: steps left out for non-finite numbers, in a row at the end and in total. layout:
     engine, precision, ZeRO stage and sizes of the axes that wrote the files. recipe: resolved. tokenizers: hashes.
-    files: name -> bytes of every file beside this one.
+    parameters: the table of `parameter_table`. commit: of the program's source, empty where that is not known. files:
+    name -> bytes, checksums: name -> CRC-32 in hex, of every file beside this one.
     """
 
     step: int
@@ -36,8 +44,11 @@ class RunState:
     layout: dict[str, Any]
     recipe: dict[str, Any]
     tokenizers: dict[str, str]
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
     files: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
     randomness: str = RANDOMNESS
 
     @property
@@ -82,6 +93,32 @@ def read_state(checkpoint: Path) -> RunState:
             what = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
             raise UserError(f"{file}: {what}; the checkpoint is not whole. Use an earlier one")
     return state
+
+
+def parameter_table(model: nn.Module, grid: Grid, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Name -> whole shape, dimension that is cut over the tensor ranks (None: whole on each), pipeline stage, in the
+    order of registration. All ranks call it: each pipeline stage knows its own layers."""
+    here = {}
+    for name, parameter in model.named_parameters():
+        local = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 keeps the shape of what it has cut
+        shape = layout.full_shape(name, local, size=grid.tensor_size)
+        here[name] = {"shape": list(shape), "split": layout.rule_of(name).dim, "stage": grid.pipeline_rank}
+    everywhere = ranks.gather(here) if grid.pipeline_size > 1 else [here]
+    return {name: entry for stage in everywhere for name, entry in stage.items()}
+
+
+@cache
+def source_commit() -> str:
+    """The git commit of this program's source, with `+` for changes since; empty outside a git checkout."""
+    folder = Path(__file__).parent
+    try:
+        found = [
+            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "."])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found[0].strip() + ("+" if found[1].strip() else "")
 
 
 def versions() -> dict[str, str]:

@@ -41,6 +41,14 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        found: list = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.sum(0)
@@ -71,11 +79,7 @@ class Ranks:
             if self.world_size == 1 and not isinstance(error, (OSError, UserError)):
                 raise
             reason, cause = str(error) or type(error).__name__, error
-        reasons = [reason]
-        if self.world_size > 1:
-            reasons = [None] * self.world_size
-            dist.all_gather_object(reasons, reason, group=self.group)
-        failed = [(rank, why) for rank, why in enumerate(reasons) if why is not None]
+        failed = [(rank, why) for rank, why in enumerate(self.gather(reason)) if why is not None]
         if failed:
             rank, why = failed[0]
             raise SharedError(why if self.world_size == 1 else f"rank {rank}: {why}") from (cause if reason else None)

@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vilg.checkpoint.load import check_layout
 from vilg.checkpoint.probes import compute_probes, save_probes
 from vilg.checkpoint.save import save_checkpoint
-from vilg.checkpoint.state import RunState, read_state, versions
+from vilg.checkpoint.state import RunState, parameter_table, read_state, versions
 from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.data.loader import Loader, LoaderState, TokenDataset, bad_sample_path
 from vilg.errors import UserError
@@ -45,6 +46,7 @@ class Run:
     meter: Meter
     sampler: Sampler | None
     tokenizers: dict[str, str]
+    parameters: dict[str, dict[str, Any]]
     position: LoaderState
     lock: RunLock
     step: int = 0
@@ -104,6 +106,7 @@ class Run:
             layout=self.engine.layout,
             recipe=self.recipe.model_dump(mode="json"),
             tokenizers=self.tokenizers,
+            parameters=self.parameters,
         )
         with self.meter.paused():
             path = save_checkpoint(
@@ -201,6 +204,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         meter=Meter(world_size=ranks.world_size, flops_per_step=step_flops(recipe, spec), device=device),
         sampler=sampler,
         tokenizers=tokenizers,
+        parameters=parameter_table(engine.model, grid, ranks),
         position=loader.state,
         lock=lock,
     )
