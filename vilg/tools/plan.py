@@ -9,7 +9,7 @@ from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.config.deepspeed import merged_deepspeed_config, zero_stage
 from vilg.errors import UserError
 from vilg.model import size
-from vilg.train.run import sequence_spec
+from vilg.train.open import sequence_spec
 
 
 @dataclass(frozen=True)

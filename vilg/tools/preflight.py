@@ -27,7 +27,7 @@ from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.train.distributed import distributed
-from vilg.train.run import sequence_spec
+from vilg.train.open import sequence_spec
 from vilg.train.rundir import CONFIG_FILE, compare
 
 BAD = 1

@@ -8,7 +8,7 @@ from vilg.config.schema import Recipe
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.train.distributed import distributed
 from vilg.train.guards import StopSignals
-from vilg.train.run import open_run, read_arguments
+from vilg.train.open import open_run, read_arguments
 from vilg.train.step import count, plan_step
 
 USER_MISTAKE = 2

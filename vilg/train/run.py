@@ -1,34 +1,23 @@
-"""A run put together: folder, tokenizers, data, model, engine and log, at the step where it stands."""
+"""A run at the step where it stands: what the loop does with it, and what a checkpoint of it holds."""
 
-import argparse
-import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vilg.checkpoint.load import check_layout
 from vilg.checkpoint.probes import compute_probes, save_probes
 from vilg.checkpoint.save import save_checkpoint
-from vilg.checkpoint.state import RunState, parameter_table, read_state, versions
-from vilg.config import Recipe, load_recipe, take_overrides
-from vilg.data.loader import Loader, LoaderState, TokenDataset, bad_sample_path
-from vilg.errors import UserError
-from vilg.model.vilg import Vilg
+from vilg.checkpoint.state import RunState
+from vilg.config import Recipe
+from vilg.data.loader import Loader, LoaderState
 from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.files import write_atomically
-from vilg.tokens.sequence import SequenceSpec
-from vilg.tokens.text import TextTokenizer
-from vilg.tokens.vqgan import ImageTokenizer
-from vilg.train.engine import Engine, build_engine
+from vilg.train.engine import Engine
 from vilg.train.guards import NonFiniteGuard
 from vilg.train.log import RunLog
-from vilg.train.metrics import Meter, step_flops
-from vilg.train.rundir import DONE_FILE, LOGS, SAMPLES, RunLock, open_run_dir, write_recipe
+from vilg.train.metrics import Meter
+from vilg.train.rundir import DONE_FILE, SAMPLES, RunLock
 from vilg.train.samples import Sampler
 from vilg.train.step import StepPlan, StepResult
 
@@ -124,149 +113,3 @@ class Run:
         probes = compute_probes(self.engine.model)
         if self.ranks.is_main:
             save_probes(probes, folder)
-
-
-def read_arguments(argv: Sequence[str], ranks: Ranks) -> Recipe:
-    """The recipe of a command line, read and checked on one rank for all. Raises SharedError."""
-    overrides, rest = take_overrides(argv)
-    parser = argparse.ArgumentParser(
-        prog="vilg train",
-        description="Train a recipe, or continue its run where LATEST stands. Alone, or under torchrun or srun.",
-        epilog="--section.key=value overrides a key of the recipe, for example --optimizer.lr=1e-3",
-    )
-    parser.add_argument("recipe", type=Path, help="YAML file, for example launch/recipes/debug.yaml")
-    path = parser.parse_args(rest).recipe
-    return ranks.on_main(lambda: load_recipe(path, overrides, world_size=ranks.world_size))
-
-
-def sequence_spec(recipe: Recipe) -> SequenceSpec:
-    """Sizes of the canonical sequence that the recipe describes."""
-    tokens = recipe.tokens
-    return SequenceSpec(tokens.text_slots, tokens.grid, tokens.text_vocab_size, tokens.image_vocab_size)
-
-
-def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
-    """Start or continue the run of a recipe; None if it is finished. All ranks call it.
-
-    Raises UserError for everything that a user can mend: another recipe's folder, files that do not fit each other, a
-    damaged checkpoint, another layout.
-    """
-    if recipe.parallel.pipeline > 1:
-        raise SharedError(
-            f"parallel.pipeline={recipe.parallel.pipeline}: training runs with pipeline=1; use tensor and data ranks"
-        )
-    grid = Grid.build(tensor=recipe.parallel.tensor)
-    text = ranks.together(lambda: TextTokenizer.load(recipe.tokens.text_model))
-    image = ranks.together(lambda: ImageTokenizer.load(recipe.tokens.image_model))
-    tokenizers = {"text": text.hash, "image": image.hash}
-    spec = sequence_spec(recipe)
-    lock = RunLock(recipe.run_dir)
-    checkpoint, notes = ranks.on_main(lambda: open_run_dir(recipe, lock))
-    before = ranks.on_main(lambda: read_state(checkpoint) if checkpoint else None)
-    if before and before.step >= recipe.schedule.steps:
-        if ranks.is_main:
-            # A run killed between its last checkpoint and its DONE file comes past here.
-            write_atomically(recipe.run_dir / DONE_FILE, f"{before.step}\n".encode())
-            print(f"{recipe.run_dir} is finished: {before.step} of {recipe.schedule.steps} steps. Nothing to do")
-        return None
-    model = Vilg(recipe.model, spec, grid=grid)
-    if not before:
-        model.reset_parameters(recipe.seed)
-    engine = build_engine(recipe, grid, model, device)
-    if before:
-        ranks.together(lambda: _load(engine, checkpoint, before, tokenizers))
-    position = LoaderState.from_dict(before.loader) if before else None
-    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image_hash=image.hash))
-    sampler = None
-    if recipe.samples.every_steps:
-        if engine.layout["zero_stage"] == 3:
-            raise SharedError(
-                "samples.every_steps draws with whole weights, which ZeRO stage 3 does not keep; set it to 0"
-            )
-        sampler = ranks.together(lambda: Sampler(recipe.samples, engine.model, text, image, seed=recipe.seed))
-    # Opened last: it removes metrics of steps that will be done again, which a start that fails must not.
-    log = RunLog(
-        recipe.run_dir / LOGS,
-        rank=ranks.rank,
-        total_steps=recipe.schedule.steps,
-        resume_step=before.step if before else 0,
-        tensorboard=recipe.logging.tensorboard,
-    )
-    for note in notes:
-        log.say(f"note: {note}")
-    run = Run(
-        recipe=recipe,
-        ranks=ranks,
-        grid=grid,
-        engine=engine,
-        loader=loader,
-        log=log,
-        meter=Meter(world_size=ranks.world_size, flops_per_step=step_flops(recipe, spec), device=device),
-        sampler=sampler,
-        tokenizers=tokenizers,
-        parameters=parameter_table(engine.model, grid, ranks),
-        position=loader.state,
-        lock=lock,
-    )
-    if before:
-        run.step, run.tokens, run.saved_step = before.step, before.tokens, before.step
-        run.guard = NonFiniteGuard(**before.skipped)
-    _introduce(run, checkpoint)
-    return run
-
-
-def _loader(
-    recipe: Recipe,
-    grid: Grid,
-    spec: SequenceSpec,
-    text: TextTokenizer,
-    position: LoaderState | None,
-    *,
-    image_hash: str,
-) -> Loader:
-    return Loader(
-        TokenDataset.open(recipe.data.train),
-        text,
-        spec,
-        recipe.data,
-        seed=recipe.seed,
-        global_size=recipe.batch.global_size,
-        micro_size=recipe.batch.micro_size,
-        data_rank=grid.data_rank,
-        data_size=grid.data_size,
-        state=position,
-        quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if grid.tensor_rank == 0 else None,
-        image_tokenizer_hash=image_hash,
-    )
-
-
-def _load(engine: Engine, checkpoint: Path, before: RunState, tokenizers: dict[str, str]) -> None:
-    """Load weights and optimizer state, once it is clear that they belong to these tokenizers and this layout."""
-    for kind, key in (("text", "tokens.text_model"), ("image", "tokens.image_model")):
-        if before.tokenizers[kind] != tokenizers[kind]:
-            raise UserError(
-                f"{checkpoint} was trained with {kind} tokenizer {before.tokenizers[kind][:12]}, but {key} is "
-                f"{tokenizers[kind][:12]}; name the file it was trained with"
-            )
-    check_layout(before, checkpoint, engine.layout)
-    engine.load(checkpoint)
-
-
-def _introduce(run: Run, checkpoint: Path | None) -> None:
-    """Say what runs: sizes, layout, optimizer, where it starts; and leave the merged DeepSpeed config for people."""
-    recipe, layout = run.recipe, run.engine.layout
-    parameters = sum(p.numel() for p in run.engine.model.parameters())
-    if run.ranks.is_main:
-        write_recipe(recipe)  # only now: a start that failed above leaves the folder as it was
-        (recipe.run_dir / DONE_FILE).unlink(missing_ok=True)
-        if config := getattr(run.engine, "config", None):
-            write_atomically(recipe.run_dir / "deepspeed.json", (json.dumps(config, indent=2) + "\n").encode())
-    found = versions()
-    run.log.say(
-        f"{recipe.name}: {parameters / 1e6:.1f}M parameters per rank, {layout['engine']} "
-        f"(ZeRO {layout['zero_stage']}), {run.ranks.world_size} process(es) = {layout['data']} data x "
-        f"{layout['tensor']} tensor, {recipe.precision}, {run.engine.optimizer_name}, torch {found['torch']}, "
-        f"deepspeed {found['deepspeed']}"
-    )
-    where = f"continuing from {checkpoint}" if checkpoint else "starting"
-    run.log.say(f"{where}: step {run.step} of {recipe.schedule.steps}; run folder {recipe.run_dir}")
