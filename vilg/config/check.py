@@ -217,6 +217,12 @@ def _samples(r: Any, known: Surroundings) -> Iterator[Problem]:
             f"samples.top_k={r.samples.top_k} is more than tokens.image_vocab_size={r.tokens.image_vocab_size}; "
             "use 0 to keep all codes",
         )
+    if r.samples.every_steps and r.parallel.pipeline > 1:
+        yield Problem(
+            "samples.every_steps",
+            f"samples.every_steps={r.samples.every_steps} draws token by token, which stages of "
+            f"parallel.pipeline={r.parallel.pipeline} do not; use 0, and `vilg generate` with an export",
+        )
     if r.samples.every_steps and r.parallel.engine == "deepspeed" and known.zero_stage == 3:
         yield Problem(
             "samples.every_steps",

@@ -1,5 +1,8 @@
 """The two losses of the paper (ERNIE-ViLG eq. 3-5): cross entropy over target tokens, per direction, as sums."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from vilg.parallel.loss import cross_entropy_sum
@@ -20,3 +23,12 @@ def direction_losses(
         cross_entropy_sum(text_logits, text_target, group=group, ignore=IGNORE),
         cross_entropy_sum(image_logits, image_target, group=group, ignore=IGNORE),
     )
+
+
+def nan_unless_finite(loss: Tensor) -> Tensor:
+    """The same number, but NaN with gradients of NaN for an infinite one.
+
+    An infinite loss can have finite gradients (a target's logit at -inf). Spoilt without asking the device, so that the
+    one check of the gradient norm sees every kind of failure on every rank.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)

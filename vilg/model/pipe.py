@@ -12,8 +12,10 @@ else does. DeepSpeed runs it with ZeRO 0 or 1 only.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from vilg.model.attention import SparseAttend
 from vilg.model.block import Block
 from vilg.model.embed import Embed
 from vilg.model.heads import Heads
-from vilg.model.loss import direction_losses
+from vilg.model.loss import direction_losses, nan_unless_finite
 from vilg.model.size import layer_costs, stage_bounds
 from vilg.model.vilg import fill_parameters, layer_list
 from vilg.parallel import layout
@@ -99,7 +101,7 @@ class PipeLoss:
         text_target, image_target, scales = labels
         sums = torch.stack(direction_losses(*logits, text_target, image_target, group=self.group))
         self.sums = self.sums.to(sums.device) + sums.detach()
-        return (sums * scales).sum() * self.factor
+        return nan_unless_finite((sums * scales).sum()) * self.factor
 
     def take_sums(self) -> Tensor:
         """Sums since the last call; zero on all stages but the last."""
@@ -145,6 +147,41 @@ class VilgPipe(PipelineModule):
         self.parts = list(self.bounds)
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def forward(self, *inputs: Any, dropout_seeds: Tensor | None = None) -> Tensors:
+        """With one tuple, as DeepSpeed's engine calls it: this stage's layers, for training.
+
+        With the five inputs of `Vilg.forward`: what that gives, through all stages, on every rank, without gradients;
+        all ranks must call it.
+        """
+        if len(inputs) == 1:
+            return super().forward(*inputs)
+        with torch.no_grad():
+            return self._through_stages(inputs, dropout_seeds)
+
+    def _through_stages(self, inputs: Tensors, dropout_seeds: Tensor | None) -> Tensors:
+        text_input, image_input = inputs[:2]
+        batch, size = len(text_input), self.grid.tensor_size
+        slots = self.spec.num_slots // (size if self.grid.sequence_parallel else 1)
+        between = [(batch, slots, self.config.hidden_size)]
+        logits = [
+            (*text_input.shape, self.spec.text_vocab_size // size),
+            (*image_input.shape, self.spec.image_vocab_size // size),
+        ]
+        passed = (*inputs, torch.zeros_like(inputs[2]) if dropout_seeds is None else dropout_seeds)
+        weight = next(self.parameters())
+        sources = dist.get_process_group_ranks(self.grid.pipeline_group)
+        for stage, source in enumerate(sources):
+            shapes = logits if stage + 1 == len(sources) else between
+            if stage == self.grid.pipeline_rank:
+                passed = super().forward(passed)
+                found = [x.contiguous() for x in passed[: len(shapes)]]
+            else:
+                found = [weight.new_empty(shape) for shape in shapes]
+            for x in found:
+                dist.broadcast(x, source, group=self.grid.pipeline_group)
+            passed = (*found, *inputs[2:], passed[-1])
+        return found[0], found[1]
 
     def reset_parameters(self, seed: int) -> None:
         """Fill this stage's parameters with the initial weights of run seed `seed`: those that `Vilg` would have."""

@@ -48,20 +48,14 @@ class DeepSpeedEngine:
             tensor=grid.tensor_size,
             pipeline=grid.pipeline_size,
         )
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         model = model.to(device).train()
         groups = optim.parameter_groups(list(model.named_parameters()), recipe.optimizer.weight_decay)
         optimizer, self.optimizer_name = optim.build_adamw(groups, recipe.optimizer, device)
-        with _silent():
-            self.engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=config,
-                mpu=grid if grid.tensor_size > 1 else None,
-                dist_init_required=False,
-            )
-        self.model = model
         self.config = config
+        with silent():
+            self.engine = self._wrap(deepspeed, model, optimizer)
+        self.model = model
         self.files = _checkpoint_engine()
         self.engine.checkpoint_engine = self.files
 
@@ -82,7 +76,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         # DeepSpeed waits for all ranks inside, so a failed write is kept back until they are through.
-        with _silent():
+        with silent():
             self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         failure, self.files.failure = self.files.failure, None
         if self.grid.rank == 0:
@@ -92,7 +86,7 @@ class DeepSpeedEngine:
             raise failure
 
     def load(self, folder: Path) -> None:
-        with _silent():
+        with silent():
             path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if path is None:
             raise UserError(f"{folder}: holds no DeepSpeed files that this layout reads")
@@ -105,36 +99,53 @@ class DeepSpeedEngine:
         """Norm before clipping and whether ZeRO left the step out; all ranks agree, for the norm is all-reduced."""
         return self.engine.get_global_grad_norm(), bool(self.engine.optimizer.overflow)
 
+    def _wrap(self, deepspeed, model: Vilg, optimizer: torch.optim.Optimizer):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=self.config,
+            mpu=self.grid if self.grid.tensor_size > 1 else None,
+            dist_init_required=False,
+        )
+        return engine
+
     def _plain_step(self) -> tuple[torch.Tensor, bool]:
         """The last micro-batch's step without ZeRO: gradients are already summed over the data ranks."""
         weights = list(self.model.parameters())
-        norm = self._norm_over_tensor_ranks(weights)
+        norm = self._norm_over_model_ranks(weights)
         skipped = not bool(norm.isfinite())
         if skipped:
-            self.engine.zero_grad()
-            self.engine.set_gradient_accumulation_boundary(False)
-            self.engine.step()
-            self.engine.set_gradient_accumulation_boundary(None)
-            return norm, True
-        optim.clip_gradients(weights, norm, self.recipe.optimizer.grad_clip)
+            self._leave_step_out()
+        else:
+            optim.clip_gradients(weights, norm, self.recipe.optimizer.grad_clip)
+            self._apply_step()
+        return norm, skipped
+
+    def _apply_step(self) -> None:
         self.engine.step()
-        return norm, False
 
-    def _norm_over_tensor_ranks(self, weights: list[torch.nn.Parameter]) -> torch.Tensor:
-        """Parameters that every tensor rank holds whole count once."""
-        if self.grid.tensor_group is None:
-            return optim.gradient_norm(weights)
-        split = optim.gradient_norm([p for p in weights if p.tensor_model_parallel]).square()
-        dist.all_reduce(split, group=self.grid.tensor_group)
-        whole = optim.gradient_norm([p for p in weights if not p.tensor_model_parallel]).square()
-        return (split + whole).sqrt()
+    def _leave_step_out(self) -> None:
+        self.engine.zero_grad()
+        self.engine.set_gradient_accumulation_boundary(False)
+        self.engine.step()
+        self.engine.set_gradient_accumulation_boundary(None)
+
+    def _norm_over_model_ranks(self, weights: list[torch.nn.Parameter]) -> torch.Tensor:
+        """Over tensor ranks and stages; parameters that every tensor rank holds whole count once."""
+        squared = optim.gradient_norm([p for p in weights if p.tensor_model_parallel]).square()
+        if self.grid.tensor_group is not None:
+            dist.all_reduce(squared, group=self.grid.tensor_group)
+        squared = squared + optim.gradient_norm([p for p in weights if not p.tensor_model_parallel]).square()
+        if self.grid.pipeline_group is not None:
+            dist.all_reduce(squared, group=self.grid.pipeline_group)
+        return squared.sqrt()
 
 
-def _import_deepspeed(device: torch.device):
+def import_deepspeed(device: torch.device):
     """DeepSpeed, initialised on the existing process group, warnings only."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
-    with _silent():
+    with silent():
         import deepspeed
         import deepspeed.ops
 
@@ -178,7 +189,7 @@ def _checkpoint_engine():
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Swallow DeepSpeed's plain prints; its logger and all errors stay."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vilg.checkpoint.tensors import write_failure
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
-from vilg.tokens.sequence import SequenceBatch
+from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 from vilg.train import optim
 from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, step_result
 
@@ -45,6 +46,15 @@ class Engine(Protocol):
         ...
 
 
+def build_model(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.device) -> nn.Module:
+    """This rank's part of the model, fp32, not filled: a `Vilg`, or a pipeline's stage, which has the same names."""
+    if grid.pipeline_size == 1:
+        return Vilg(recipe.model, spec, grid=grid)
+    from vilg.train.pipeline_engine import build_stage  # it takes seconds
+
+    return build_stage(recipe, spec, grid, device)
+
+
 def build_engine(recipe: Recipe, grid: Grid, model: Vilg, device: torch.device) -> Engine:
     """The form that the recipe names, around a model that holds its initial weights in fp32."""
     if recipe.parallel.engine == "torch":
@@ -54,7 +64,12 @@ def build_engine(recipe: Recipe, grid: Grid, model: Vilg, device: torch.device) 
                 "use parallel.engine=deepspeed"
             )
         return TorchEngine(recipe, model, device)
-    from vilg.train.deepspeed_engine import DeepSpeedEngine  # imported where it is used: it takes seconds
+    # Imported where they are used: it takes seconds.
+    if grid.pipeline_size > 1:
+        from vilg.train.pipeline_engine import PipelineEngine
+
+        return PipelineEngine(recipe, grid, model, device)
+    from vilg.train.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(recipe, grid, model, device)
 

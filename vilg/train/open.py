@@ -12,14 +12,13 @@ from vilg.checkpoint.state import RunState, parameter_table, read_state, version
 from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.data.loader import Loader, LoaderState, TokenDataset, bad_sample_path
 from vilg.errors import UserError
-from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.files import write_atomically
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
-from vilg.train.engine import Engine, build_engine
+from vilg.train.engine import Engine, build_engine, build_model
 from vilg.train.guards import NonFiniteGuard
 from vilg.train.log import RunLog
 from vilg.train.metrics import Meter, step_flops
@@ -53,11 +52,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
     Raises UserError for everything that a user can mend: another recipe's folder, files that do not fit each other, a
     damaged checkpoint, another layout.
     """
-    if recipe.parallel.pipeline > 1:
-        raise SharedError(
-            f"parallel.pipeline={recipe.parallel.pipeline}: training runs with pipeline=1; use tensor and data ranks"
-        )
-    grid = Grid.build(tensor=recipe.parallel.tensor)
+    grid = Grid.build(tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline)
     text = ranks.together(lambda: TextTokenizer.load(recipe.tokens.text_model))
     image = ranks.together(lambda: ImageTokenizer.load(recipe.tokens.image_model))
     tokenizers = {"text": text.hash, "image": image.hash}
@@ -71,7 +66,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
             write_atomically(recipe.run_dir / DONE_FILE, f"{before.step}\n".encode())
             print(f"{recipe.run_dir} is finished: {before.step} of {recipe.schedule.steps} steps. Nothing to do")
         return None
-    model = Vilg(recipe.model, spec, grid=grid)
+    model = build_model(recipe, spec, grid, device)
     if not before:
         model.reset_parameters(recipe.seed)
     engine = build_engine(recipe, grid, model, device)
@@ -137,7 +132,7 @@ def _loader(
         data_rank=grid.data_rank,
         data_size=grid.data_size,
         state=position,
-        quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if grid.tensor_rank == 0 else None,
+        quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if grid.tensor_rank == grid.pipeline_rank == 0 else None,
         image_tokenizer_hash=image_hash,
     )
 
@@ -167,7 +162,7 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
     run.log.say(
         f"{recipe.name}: {parameters / 1e6:.1f}M parameters per rank, {layout['engine']} "
         f"(ZeRO {layout['zero_stage']}), {run.ranks.world_size} process(es) = {layout['data']} data x "
-        f"{layout['tensor']} tensor, {recipe.precision}, {run.engine.optimizer_name}, torch {found['torch']}, "
+        f"{layout['tensor']} tensor x {layout['pipeline']} pipeline, {recipe.precision}, {run.engine.optimizer_name}, torch {found['torch']}, "
         f"deepspeed {found['deepspeed']}"
     )
     where = f"continuing from {checkpoint}" if checkpoint else "starting"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vilg.config.schema import Recipe
-from vilg.model.loss import direction_losses
+from vilg.model.loss import direction_losses, nan_unless_finite
 from vilg.parallel.grid import Grid
 from vilg.parallel.rng import sequence_seeds
 from vilg.tokens.sequence import SequenceBatch
@@ -66,10 +66,7 @@ def micro_batch_loss(
     logits = forward(*batch.inputs(), dropout_seeds=seeds)
     text_sum, image_sum = direction_losses(*logits, batch.text_target, batch.image_target, group=grid.tensor_group)
     loss = text_sum * plan.text_scale + image_sum * plan.image_scale
-    # An infinite loss can have finite gradients (a target's logit at -inf). Spoil them without asking the device, so
-    # that the one check of the gradient norm sees every kind of failure on every rank.
-    loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-    return loss, torch.stack([text_sum, image_sum]).detach().double()
+    return nan_unless_finite(loss), torch.stack([text_sum, image_sum]).detach().double()
 
 
 def dropout_seeds(recipe: Recipe, grid: Grid, plan: StepPlan, index: int, batch: SequenceBatch) -> Tensor:

@@ -1,0 +1,69 @@
+"""DeepSpeed's pipeline engine behind the engine's calls: the same step as `deepspeed_engine.py`, its layers in stages.
+
+Every rank is given its data rank's micro-batches, so that target counts, dropout seeds and probes need no exchange; only
+the first stage reads inputs from them, and only the last one targets.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vilg.config.schema import Recipe
+from vilg.parallel.grid import Grid
+from vilg.tokens.sequence import SequenceBatch, SequenceSpec
+from vilg.train import optim
+from vilg.train.deepspeed_engine import DeepSpeedEngine, import_deepspeed, silent
+from vilg.train.step import StepPlan, StepResult, dropout_seeds, step_result
+
+
+def build_stage(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.device) -> nn.Module:
+    """This rank's `VilgPipe`, in fp32. Its parameters are NaN until filled."""
+    import_deepspeed(device)
+    from vilg.model.pipe import VilgPipe
+
+    with silent():
+        return VilgPipe(recipe.model, spec, grid=grid, factor=recipe.batch.global_size // recipe.batch.micro_size)
+
+
+class PipelineEngine(DeepSpeedEngine):
+    """One optimizer step is DeepSpeed's `train_batch`: micro-batches flow through the stages, one forward, one backward.
+
+    ZeRO 0 or 1. Results are the same numbers on all ranks.
+    """
+
+    def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
+        optim.set_learning_rate(self.engine.optimizer, plan.lr)
+        self.engine.train_batch(data_iter=self._micro_batches(batches, plan))
+        norm, skipped = self._plain_step() if self.stage == 0 else self._zero_outcome()
+        sums = self.model.loss_fn.take_sums().to(self.device)  # zero on all stages but the last
+        dist.all_reduce(sums, group=self.grid.pipeline_group)
+        if self.grid.data_group is not None:
+            dist.all_reduce(sums, group=self.grid.data_group)
+        return step_result(sums, plan, grad_norm=norm, skipped=skipped)
+
+    def _micro_batches(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> Iterator[tuple]:
+        from vilg.model.pipe import pipe_inputs
+
+        scales = plan.text_scale, plan.image_scale
+        for index, batch in enumerate(batches):
+            seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
+            yield pipe_inputs(batch, dropout_seeds=seeds, scales=scales)
+
+    def _wrap(self, deepspeed, model: nn.Module, optimizer: torch.optim.Optimizer):
+        from deepspeed.runtime.pipe.schedule import OptimizerStep
+
+        from vilg.model.pipe import DEEPSPEED_SETTINGS
+
+        self.config["pipeline"] = {**self.config.get("pipeline", {}), **DEEPSPEED_SETTINGS}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config, dist_init_required=False)
+        if self.stage == 0:  # as in the flat engine, `_plain_step` does it once the norm over all stages is known
+            engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, OptimizerStep: lambda engine: None}
+        return engine
+
+    def _apply_step(self) -> None:
+        self.engine._exec_optimizer_step()
+
+    def _leave_step_out(self) -> None:
+        self.engine.zero_grad()
