@@ -4,17 +4,25 @@ import errno
 import json
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from vilg.checkpoint import save as saving
-from vilg.checkpoint.load import check_layout, find_checkpoint, latest_checkpoint
-from vilg.checkpoint.probes import compute_probes, largest_difference, load_probes, probe_batch, save_probes
-from vilg.checkpoint.save import save_checkpoint, step_name, sweep, write_latest
+from vilg.checkpoint.load import find_checkpoint, latest_checkpoint, layout_note, verify_files
+from vilg.checkpoint.probes import (
+    PROBE_FILE,
+    compute_probes,
+    largest_difference,
+    load_probes,
+    probe_batch,
+    save_probes,
+)
+from vilg.checkpoint.save import Saver, step_name, sweep, write_latest
 from vilg.checkpoint.state import STATE_FILE, RunState, read_state
-from vilg.checkpoint.tensors import load_tensors, save_tensors
+from vilg.checkpoint.tensors import checksum, host_copy, load_tensors, save_tensors
 from vilg.config.schema import ModelConfig
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
@@ -30,12 +38,15 @@ def state(step: int) -> RunState:
     )
 
 
-def write(folder: Path) -> None:
-    (folder / "weights.bin").write_bytes(b"w" * 100)
+def write(path: Path, content: bytes = b"w" * 100) -> str:
+    path.write_bytes(content)
+    return checksum(path)
 
 
-def save(run: Path, step: int, writer=write, keep_last: int = 2) -> Path:
-    return save_checkpoint(run, state(step), [writer], ranks=Ranks(), keep_last=keep_last)
+def save(run: Path, step: int, writer=write, keep_last: int = 2, keep_every: int = 0) -> Path:
+    saver = Saver(run, ranks=Ranks(), keep_last=keep_last, keep_every=keep_every)
+    saver.begin(state(step), {"weights.bin": writer})
+    return saver.wait().path
 
 
 class Crash(BaseException):
@@ -87,8 +98,8 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_whole_latest_checkpoint(tmp_pat
 def test_a_failed_write_names_the_cause_and_leaves_the_previous_checkpoint(tmp_path):
     save(tmp_path, 1)
 
-    def full(folder):
-        write(folder)
+    def full(path):
+        write(path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(UserError, match="No space left on device.*step_00000001, is intact"):
@@ -103,8 +114,55 @@ def test_only_the_newest_of_this_runs_past_are_kept(tmp_path):
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [step_name(2), step_name(3)]
     # Going back by hand: saving step 2 anew must not delete it as the oldest, and replaces what was there.
     write_latest(tmp_path, step_name(2))
-    save(tmp_path, 2, lambda folder: (folder / "weights.bin").write_bytes(b"new"), keep_last=1)
+    save(tmp_path, 2, lambda path: write(path, b"new"), keep_last=1)
     assert (latest_checkpoint(tmp_path) / "weights.bin").read_bytes() == b"new"
+
+
+def test_checkpoints_of_every_so_many_steps_stay(tmp_path):
+    for step in range(0, 9, 2):
+        save(tmp_path, step, keep_last=1, keep_every=4)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [step_name(4), step_name(8)]
+
+
+def test_a_save_in_the_background_is_published_only_when_it_is_written(tmp_path):
+    save(tmp_path, 1)
+    saver, gate = Saver(tmp_path, ranks=Ranks(), keep_last=2), threading.Event()
+
+    def slow(path: Path) -> str:
+        assert gate.wait(60)
+        return write(path)
+
+    saver.begin(state(2), {"weights.bin": slow})
+    assert saver.poll() is None and latest_checkpoint(tmp_path).name == step_name(1)
+    gate.set()
+    assert saver.wait().path == latest_checkpoint(tmp_path) and read_state(latest_checkpoint(tmp_path)).step == 2
+    assert saver.wait() is saver.poll() is None  # nothing is under way
+
+
+def test_a_background_save_that_fails_is_told_at_the_next_question(tmp_path):
+    save(tmp_path, 1)
+    saver = Saver(tmp_path, ranks=Ranks(), keep_last=2)
+
+    def full(path: Path) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saver.begin(state(2), {"weights.bin": full})
+    saver._job.join()
+    with pytest.raises(UserError, match="step_00000002 could not be saved.*No space left.*step_00000001, is intact"):
+        saver.poll()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [step_name(1)]
+    assert saver.poll() is None
+
+
+def test_bytes_that_changed_without_changing_the_size_are_noticed(tmp_path):
+    path = save(tmp_path, 1)
+    whole = read_state(path)
+    verify_files(path, whole, rank=0, world_size=1)
+    (path / "weights.bin").write_bytes(b"w" * 99 + b"v")
+    read_state(path)
+    with pytest.raises(UserError, match="weights.bin: its bytes changed since it was written"):
+        verify_files(path, whole, rank=0, world_size=1)
+    verify_files(path, whole, rank=1, world_size=2)  # the other rank's share is empty here
 
 
 def test_missing_cut_and_newer_files_are_named(tmp_path):
@@ -137,9 +195,9 @@ def test_find_checkpoint_takes_a_run_or_a_checkpoint_and_says_what_is_missing(tm
         find_checkpoint(tmp_path / "empty")
 
 
-def test_another_layout_is_refused_naming_what_differs():
-    with pytest.raises(UserError, match="saved with data=1; this run has data=2"):
-        check_layout(state(1), Path("step_00000001"), {**LAYOUT, "data": 2})
+def test_a_move_to_another_layout_names_what_differs():
+    assert layout_note(LAYOUT, LAYOUT) is None
+    assert "saved with data=1; this run has data=2" in layout_note(LAYOUT, {**LAYOUT, "data": 2})
 
 
 class Hostile:
@@ -162,13 +220,25 @@ def test_objects_that_could_not_be_read_back_are_refused_when_saving(tmp_path):
     with pytest.raises(TypeError, match="scheduler/0 of type .*Hostile"):
         save_tensors({"scheduler": [Hostile()]}, tmp_path / "x.pt")
     value = {"a": [torch.ones(2), (1, "b")], 3: None, "s": torch.Size([2]), "d": torch.bfloat16}
-    save_tensors(value, tmp_path / "x.pt")
+    assert save_tensors(value, tmp_path / "x.pt") == checksum(tmp_path / "x.pt")
     found = load_tensors(tmp_path / "x.pt")
     assert torch.equal(found.pop("a")[0], torch.ones(2)) and found == {
         3: None,
         "s": torch.Size([2]),
         "d": torch.bfloat16,
     }
+
+
+def test_a_copy_for_writing_later_keeps_values_and_shared_storage(tmp_path):
+    flat = torch.arange(1000.0)
+    live = {"flat": flat, "views": [flat[:10].view(2, 5), flat[990:]], "settings": ({"lr": 0.1}, None)}
+    copy = host_copy(live)
+    flat.zero_()
+    assert torch.equal(copy["views"][0], torch.arange(10.0).view(2, 5)) and float(copy["views"][1][-1]) == 999.0
+    assert copy["views"][1].untyped_storage().data_ptr() == copy["flat"].untyped_storage().data_ptr()
+    assert copy["settings"] == live["settings"]
+    save_tensors(copy, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 6000  # the numbers are written once
 
 
 def test_damaged_tensor_files_are_named(tmp_path):
@@ -185,7 +255,7 @@ def test_probes_survive_the_file_and_show_a_changed_weight(tmp_path):
     spec = SequenceSpec(6, (2, 3), 11, 7)
     model = Vilg(ModelConfig(num_layers=2, hidden_size=16, num_heads=2, conv_size=3), spec)
     model.reset_parameters(0)
-    save_probes(compute_probes(model), tmp_path)
+    save_probes(compute_probes(model), tmp_path / PROBE_FILE)
     stored = load_probes(tmp_path)
     assert stored.dtype == "float32" and torch.equal(stored.inputs.text_input, probe_batch(spec).text_input)
     assert largest_difference(stored, compute_probes(model, stored.inputs)) == 0.0

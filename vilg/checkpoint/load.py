@@ -1,10 +1,11 @@
-"""Find the checkpoint to continue from, and check that this run can."""
+"""Find the checkpoint to continue from, and check that its files are what was written."""
 
 from pathlib import Path
 from typing import Any
 
 from vilg.checkpoint.save import CHECKPOINTS, LATEST
 from vilg.checkpoint.state import STATE_FILE, RunState
+from vilg.checkpoint.tensors import checksum
 from vilg.errors import UserError
 
 
@@ -44,17 +45,30 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def check_layout(state: RunState, checkpoint: Path, layout: dict[str, Any]) -> None:
-    """Raise UserError, naming the sizes that differ, unless a run of this layout can read the checkpoint's files."""
-    differing = [key for key in state.layout if state.layout[key] != layout.get(key)]
-    if differing:
-        was, now = (", ".join(f"{key}={values.get(key)}" for key in differing) for values in (state.layout, layout))
-        raise UserError(
-            f"{checkpoint} was saved with {was}; this run has {now}. Continue it with the layout it was saved with "
-            f"({_layout_text(state.layout)})"
-        )
+def verify_files(checkpoint: Path, state: RunState, *, rank: int, world_size: int) -> None:
+    """Read this rank's share of the files, the ranks' shares together being all, and compare their checksums.
+
+    Done before anybody loads: a damaged file would otherwise end one rank inside DeepSpeed and leave the others waiting
+    there. Every byte is read once over the whole job. Raises UserError naming the file.
+    """
+    largest_first = sorted(state.checksums, key=lambda name: (-state.files[name], name))
+    for name in largest_first[rank::world_size]:
+        path = checkpoint / name
+        try:
+            found = checksum(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); use an earlier checkpoint") from None
+        if found != state.checksums[name]:
+            raise UserError(
+                f"{path}: its bytes changed since it was written (CRC-32 {found} instead of {state.checksums[name]}); "
+                f"the disk or a copy damaged it. Use an earlier checkpoint: write its name into {LATEST}"
+            )
 
 
-def _layout_text(layout: dict[str, Any]) -> str:
-    processes = layout["data"] * layout["tensor"] * layout["pipeline"]
-    return f"{processes} process{'es' if processes > 1 else ''}, " + ", ".join(f"{k}={v}" for k, v in layout.items())
+def layout_note(was: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What differs between the layout that wrote a checkpoint and this run's, for people; None if nothing does."""
+    differing = [key for key in was if was[key] != now.get(key)]
+    if not differing:
+        return None
+    before, after = (", ".join(f"{key}={values.get(key)}" for key in differing) for values in (was, now))
+    return f"the checkpoint was saved with {before}; this run has {after}: weights and moments are distributed anew"

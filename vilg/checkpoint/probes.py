@@ -1,16 +1,14 @@
 """Probes: a fixed tiny batch and its logits, stored in every checkpoint, recomputed by whoever converts the weights."""
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vilg.checkpoint.tensors import write_failure
+from vilg.checkpoint.tensors import save_safetensors
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
 from vilg.parallel.ops import gather_last
@@ -66,17 +64,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def save_probes(probes: Probes, folder: Path) -> None:
-    """Write them into a checkpoint folder, flushed."""
+def save_probes(probes: Probes, path: Path) -> str:
+    """Write and flush them; the file's checksum."""
     tensors = {f"inputs.{f.name}": getattr(probes.inputs, f.name) for f in fields(SequenceBatch)}
     tensors |= {"text_logits": probes.text_logits.contiguous(), "image_logits": probes.image_logits.contiguous()}
-    path = folder / PROBE_FILE
-    try:
-        save_file(tensors, path, metadata={"format_version": "1", "dtype": probes.dtype})
-        with open(path, "rb+") as stream:
-            os.fsync(stream.fileno())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {write_failure(error)}") from error
+    return save_safetensors(tensors, path, metadata={"format_version": "1", "dtype": probes.dtype})
 
 
 def load_probes(folder: Path) -> Probes:

@@ -1,13 +1,20 @@
-"""Write a checkpoint so that a crash at any byte leaves the previous one usable.
+"""Write a checkpoint so that a crash at any byte leaves the previous one usable, and without holding up training.
 
-All files go into a hidden folder and are flushed; the folder is renamed; `LATEST` is replaced last.
+All files go into a hidden folder and are flushed; the folder is renamed; `LATEST` is replaced last. In the background a
+thread of every rank writes what was copied to the host's memory; at step boundaries the ranks ask each other, over the
+host's group, whether all are through, and only then is the checkpoint published.
+
+A thread, because the state is in this process: DeepSpeed's `fast` and `decoupled` engines need its compiled AIO library
+(they fail on a CPU), and torch's asynchronous saver writes a format of its own, which DeepSpeed does not read back.
 """
 
 import errno
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vilg.checkpoint.state import STATE_FILE, RunState, source_commit, versions
@@ -18,38 +25,132 @@ from vilg.parallel.ranks import Ranks, SharedError
 CHECKPOINTS, LATEST = "checkpoints", "LATEST"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 
+# Name in the checkpoint folder -> what writes and flushes that file at the path given and returns its checksum.
+Files = Mapping[str, Callable[[Path], str]]
+
 
 def step_name(step: int) -> str:
     """Folder name of a checkpoint; sorts by step."""
     return f"step_{step:08d}"
 
 
-def save_checkpoint(
-    run_dir: Path, state: RunState, writes: Sequence[Callable[[Path], None]], *, ranks: Ranks, keep_last: int
-) -> Path:
-    """Make `run_dir/checkpoints/step_XXXXXXXX` the latest checkpoint; all ranks call it, all return its path.
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint. seconds: from `begin` until it was published."""
 
-    writes: called in turn on every rank with the hidden folder (same file system as the final one); each puts its files
-    there and flushes them, and all ranks agree that one went well before the next begins. Older checkpoints beyond the newest `keep_last` are deleted afterwards.
-    Raises SharedError on all ranks if any could not write; the previous checkpoint is then untouched.
+    path: Path
+    seconds: float
+
+
+class Saver:
+    """Saves the checkpoints of one run folder, one at a time. All ranks make every call together.
+
+    keep_last: newest checkpoints kept. keep_every: those whose step is a multiple of it are kept as well; 0: none.
     """
-    folder = run_dir / CHECKPOINTS
-    final = folder / step_name(state.step)
-    partial = folder / f".{final.name}{_PARTIAL}"
-    try:
-        ranks.on_main(lambda: _fresh_folder(partial))
-        for write in writes:
-            ranks.together(lambda: write(partial))
-        ranks.on_main(lambda: _publish(partial, final, state))
-    except SharedError as error:
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def __init__(self, run_dir: Path, *, ranks: Ranks, keep_last: int, keep_every: int = 0) -> None:
+        self.run_dir, self.ranks, self.keep_last, self.keep_every = run_dir, ranks, keep_last, keep_every
+        self._job: _Job | None = None
+
+    def begin(self, state: RunState, files: Files) -> None:
+        """Start writing this rank's files; they must not change any more. An earlier save is finished first.
+
+        Raises SharedError on all ranks if any of the two fails; the checkpoint before is then untouched.
+        """
+        self.wait()
+        started = time.monotonic()
+        final = self.run_dir / CHECKPOINTS / step_name(state.step)
+        partial = final.with_name(f".{final.name}{_PARTIAL}")
+        self._job = job = _Job(state, final, partial, started)
+        try:
+            self.ranks.on_main(lambda: _fresh_folder(partial))
+        except SharedError as error:
+            self._give_up(error)
+        job.run(lambda: job.checksums.update({name: write(partial / name) for name, write in files.items()}))
+
+    def poll(self) -> Saved | None:
+        """Ask whether the save has come further; the checkpoint once it is published. An exchange of two integers
+        between the hosts, nothing if no save is under way. Raises SharedError on all ranks if it failed on any."""
+        job = self._job
+        if job is None:
+            return None
+        running, failed = self.ranks.sum(job.running, job.failure is not None)
+        if failed:
+            job.join()
+            try:
+                self.ranks.together(job.raise_failure)
+            except SharedError as error:
+                self._give_up(error)
+        if running:
+            return None
+        if job.publishing:
+            self._job = None
+            return Saved(job.final, time.monotonic() - job.started)
+        checksums = {name: value for rank in self.ranks.gather(job.checksums) for name, value in rank.items()}
+        job.publishing = True
+        job.run(lambda: self._publish(job, checksums) if self.ranks.is_main else None)
+        return None
+
+    def wait(self) -> Saved | None:
+        """Finish the save that is under way, if any, as `poll` would."""
+        done = None
+        while self._job is not None:
+            self._job.join()
+            done = self.poll()
+        return done
+
+    def _publish(self, job: "_Job", checksums: dict[str, str]) -> None:
+        _publish(job.partial, job.final, replace(job.state, checksums=checksums))
+        _prune(job.final.parent, job.state.step, self.keep_last, self.keep_every)
+
+    def _give_up(self, error: SharedError) -> None:
+        """End the save that failed, and say what is left."""
+        job, self._job = self._job, None
+        if self.ranks.is_main:
+            shutil.rmtree(job.partial, ignore_errors=True)
         raise SharedError(
-            f"checkpoint {final.name} could not be saved: {error}. {_what_is_left(run_dir)} "
+            f"checkpoint {job.final.name} could not be saved: {error}. {_what_is_left(self.run_dir)} "
             "Mend the cause (space, quota, rights), then run the same command again"
         ) from error
-    ranks.on_main(lambda: _prune(folder, state.step, keep_last))
-    return final
+
+
+@dataclass
+class _Job:
+    """One save on one rank: first this rank's files, then, on the main rank, the publication; each in a thread."""
+
+    state: RunState
+    final: Path
+    partial: Path
+    started: float
+    checksums: dict[str, str] = field(default_factory=dict)
+    publishing: bool = False
+    failure: BaseException | None = None
+    _thread: threading.Thread | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Do it in a thread that does not keep a dying process alive."""
+        # An earlier thread has ended: `failure` is written by one thread at a time and read after it.
+        self._thread = threading.Thread(target=self._kept, args=(action,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def raise_failure(self) -> None:
+        """Raise what ended the thread, if anything did."""
+        if self.failure is not None:
+            raise self.failure
+
+    def _kept(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException as error:  # raised by `raise_failure` on the main thread, whatever it is
+            self.failure = error
 
 
 def sweep(run_dir: Path) -> list[str]:
@@ -83,7 +184,7 @@ def _fresh_folder(partial: Path) -> None:
 def _publish(partial: Path, final: Path, state: RunState) -> None:
     try:
         # On a shared file system the other ranks' files must be visible here, with their sizes, before they are listed.
-        files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+        files = {name: (partial / name).stat().st_size for name in sorted(state.checksums)}
         complete = replace(state, files=files, versions=versions(), commit=source_commit())
         with open(partial / STATE_FILE, "w", encoding="utf-8") as stream:
             stream.write(complete.to_json())
@@ -102,10 +203,13 @@ def _publish(partial: Path, final: Path, state: RunState) -> None:
         raise UserError(f"cannot write {error.filename or partial}: {write_failure(error)}") from error
 
 
-def _prune(folder: Path, step: int, keep_last: int) -> None:
+def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Delete checkpoints older than the newest `keep_last` of this run's past; later ones are not this run's past."""
     past = sorted(p for p in folder.glob("step_*") if p.name <= step_name(step))
     for path in past[:-keep_last]:
+        number = int(path.name.removeprefix("step_"))
+        if keep_every and number and number % keep_every == 0:
+            continue
         # Renamed first: a deletion that is cut short must not leave a folder that looks like a checkpoint.
         hidden = path.with_name(f".{path.name}{_REPLACED}")
         os.rename(path, hidden)

@@ -7,11 +7,15 @@ plain classes (a number, a pair of integers, a loss scale), and refuses everythi
 import os
 import pickle
 import re
+import zlib
 from collections.abc import Sequence
+from copy import copy as shallow_copy
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from vilg.errors import UserError
 
@@ -22,6 +26,7 @@ DEEPSPEED_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+_BLOCK = 1 << 24  # bytes read at once
 _PLAIN = (str, bytes, int, float, bool, type(None), torch.Tensor, torch.Size, torch.dtype)
 
 
@@ -33,8 +38,8 @@ class _Record:
 _STAND_INS = tuple((int if name.endswith("Enum") else type(name, (_Record,), {}), name) for name in DEEPSPEED_CLASSES)
 
 
-def save_tensors(state: Any, path: Path | str) -> None:
-    """Write a nest of containers and tensors and flush it to the disk.
+def save_tensors(state: Any, path: Path | str) -> str:
+    """Write a nest of containers and tensors and flush it to the disk; its checksum, as `checksum` would find it.
 
     Raises UserError with the path for a failed write, TypeError naming an object that could not be read back.
     """
@@ -43,11 +48,51 @@ def save_tensors(state: Any, path: Path | str) -> None:
         raise TypeError(f"{path}: {refused} may not be stored: it could not be read back safely")
     try:
         with open(path, "wb") as stream:
-            torch.save(state, stream)
+            summed = _Summed(stream)
+            torch.save(state, summed)
             stream.flush()
             os.fsync(stream.fileno())
+        return summed.checksum
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError for a full disk
         raise UserError(f"cannot write {path}: {write_failure(error)}") from error
+
+
+def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> str:
+    """Write and flush a safetensors file; its checksum. Raises UserError with the path."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+        with open(path, "rb+") as stream:
+            os.fsync(stream.fileno())
+        return checksum(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {write_failure(error)}") from error
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, eight hexadecimal digits. Raises OSError."""
+    value = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+class _Summed:
+    """A stream for `torch.save`, which writes from the first byte to the last, that sums what passes through."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._value = stream, 0
+
+    @property
+    def checksum(self) -> str:
+        return f"{self._value:08x}"
+
+    def write(self, data: Any) -> int:
+        self._value = zlib.crc32(data, self._value)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def load_tensors(
@@ -73,6 +118,26 @@ def load_tensors(
                 ) from None
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: cannot be read ({first_line}); it is damaged or no checkpoint file") from None
+
+
+def host_copy(value: Any) -> Any:
+    """The nest with all tensors copied to the host's memory; tensors that share storage share it still, so that they
+    are written once."""
+    return _copied(value, {})
+
+
+def _copied(value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = storage.clone() if value.device.type == "cpu" else storage.cpu()
+        copy = torch.empty(0, dtype=value.dtype)
+        return copy.set_(storages[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
+    if isinstance(value, dict):
+        return {key: _copied(inner, storages) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(inner, storages) for inner in value)
+    return value if isinstance(value, _PLAIN) else shallow_copy(value)  # DeepSpeed's small classes
 
 
 def write_failure(error: Exception) -> str:

@@ -231,6 +231,16 @@ def _samples(r: Any, known: Surroundings) -> Iterator[Problem]:
         )
 
 
+def _keep_every(r: Any, known: Surroundings) -> Iterator[Problem]:
+    keep, every = r.checkpoint.keep_every, r.checkpoint.every_steps
+    if keep % every:
+        yield Problem(
+            "checkpoint.keep_every",
+            f"checkpoint.keep_every={keep} is no multiple of checkpoint.every_steps={every}, so few or none of the "
+            f"checkpoints would be kept; use {_rounded_up(keep, every)}, or 0",
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _heads,
     _tensor,
@@ -245,6 +255,7 @@ RULES: tuple[Rule, ...] = (
     _tokens,
     _loss,
     _samples,
+    _keep_every,
 )
 
 

@@ -93,6 +93,17 @@ class ParallelConfig(Section):
     deepspeed: Path = Field(Path("ds_configs/zero1.json"), description="DeepSpeed JSON file; owns the ZeRO stage.")
     tensor: PositiveInt = Field(1, description="Tensor-parallel ranks.")
     pipeline: PositiveInt = Field(1, description="Pipeline stages.")
+    sequence: bool = Field(
+        False, description="Split norms, dropout and residuals along the slots over the tensor ranks (2205.05198)."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What is computed again in the backward instead of kept: selective: each layer's attention branch; "
+        "full: whole layers.",
+    )
+    recompute_every: PositiveInt = Field(
+        1, description="With recompute full: 1 recomputes every layer, n every n-th; the others keep their activations."
+    )
 
 
 class OptimizerConfig(Section):
@@ -128,6 +139,14 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt = Field(description="Steps between checkpoints; also saved: before step 1, at the end.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints kept; older ones are deleted.")
+    keep_every: int = Field(
+        0, ge=0, description="Checkpoints whose step is a multiple of this are never deleted; 0: all are, in time."
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Write in the background from a copy in host memory (a rank's files once more); false stops training "
+        "until the files are on the disk. Both stop for the first and the last checkpoint of a start.",
+    )
 
 
 class LoggingConfig(Section):

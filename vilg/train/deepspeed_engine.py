@@ -9,21 +9,25 @@ import io
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from vilg.checkpoint.tensors import DEEPSPEED_CLASSES, load_tensors, save_tensors
+from vilg.checkpoint.reader import Weights
+from vilg.checkpoint.save import Files
+from vilg.checkpoint.tensors import DEEPSPEED_CLASSES, host_copy, load_tensors, save_tensors
 from vilg.config.deepspeed import merged_deepspeed_config, zero_stage
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch
-from vilg.train import optim
+from vilg.train import moved_state, optim
 from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, step_result
 
 
@@ -56,8 +60,8 @@ class DeepSpeedEngine:
         with silent():
             self.engine = self._wrap(deepspeed, model, optimizer)
         self.model = model
-        self.files = _checkpoint_engine()
-        self.engine.checkpoint_engine = self.files
+        self.tensor_files = _checkpoint_engine()
+        self.engine.checkpoint_engine = self.tensor_files
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -74,16 +78,12 @@ class DeepSpeedEngine:
             dist.all_reduce(sums, group=self.grid.data_group)
         return step_result(sums, plan, grad_norm=norm, skipped=skipped)
 
-    def save(self, folder: Path) -> None:
-        # DeepSpeed waits for all ranks inside, so a failed write is kept back until they are through.
-        with silent():
-            self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        failure, self.files.failure = self.files.failure, None
-        if self.grid.rank == 0:
-            for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # they unpickle; `vilg export` replaces them
-                (folder.parent / script).unlink(missing_ok=True)
-        if failure:
-            raise failure
+    def files(self, *, copy: bool) -> Files:
+        self.tensor_files.begin(copy=copy)
+        # DeepSpeed makes the folder that it believes it writes to, and leaves scripts there that unpickle.
+        with tempfile.TemporaryDirectory() as unused, silent():
+            self.engine.save_checkpoint(unused, tag="checkpoint", save_latest=False)
+        return {name: partial(save_tensors, state) for name, state in self.tensor_files.taken.items()}
 
     def load(self, folder: Path) -> None:
         with silent():
@@ -94,6 +94,19 @@ class DeepSpeedEngine:
         if self.stage > 0:
             self.engine.optimizer.clip_grad = self.recipe.optimizer.grad_clip
         optim.restore_settings(self.engine.optimizer, self.recipe.optimizer)
+
+    def load_state(self, weights: Weights) -> None:
+        named = dict(self.model.named_parameters())
+        moved_state.check_names(weights, named)
+        zero, part, steps = self.engine.optimizer, moved_state.part_reader(weights, self.grid), weights.optimizer_steps
+        if self.stage == 0:
+            moved_state.fill_plain(zero, named, part, steps=steps)
+        elif self.stage < 3:
+            moved_state.fill_flat(zero, named, part, steps=steps)
+        else:
+            names = {parameter: name for name, parameter in named.items()}
+            moved_state.fill_cut(zero, names, part, data_rank=self.grid.data_rank, steps=steps)
+        self.engine.global_steps = weights.state.step
 
     def _zero_outcome(self) -> tuple[torch.Tensor | float, bool]:
         """Norm before clipping and whether ZeRO left the step out; all ranks agree, for the norm is all-reduced."""
@@ -164,7 +177,8 @@ def import_deepspeed(device: torch.device):
 
 
 def _checkpoint_engine():
-    """DeepSpeed's reader and writer of files, replaced by one that flushes, and unpickles only tensors."""
+    """DeepSpeed's reader and writer of files, replaced: it keeps what is to be written for `Saver`, and unpickles only
+    tensors."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16 import loss_scaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -174,13 +188,11 @@ def _checkpoint_engine():
     assert {f"{c.__module__}.{c.__qualname__}" for c in classes} == set(DEEPSPEED_CLASSES)
 
     class TensorFiles(TorchCheckpointEngine):
-        failure: Exception | None = None
+        def begin(self, *, copy: bool) -> None:
+            self.copy, self.taken = copy, {}
 
         def save(self, state_dict: Any, path: str) -> None:
-            try:
-                save_tensors(state_dict, path)
-            except Exception as error:  # raised by `save` above once all ranks are through DeepSpeed's barriers
-                self.failure = self.failure or error
+            self.taken[Path(path).name] = host_copy(state_dict) if self.copy else state_dict
 
         def load(self, path: str, map_location: Any = None) -> Any:
             return load_tensors(path, map_location=map_location, classes=classes)

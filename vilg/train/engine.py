@@ -3,27 +3,30 @@
 `torch` is one process of plain PyTorch: the reference whose numbers the DeepSpeed form must reproduce.
 """
 
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from vilg.checkpoint.tensors import write_failure
+from vilg.checkpoint.reader import Weights
+from vilg.checkpoint.reader.torch_files import MODEL_FILE, OPTIMIZER_FILE
+from vilg.checkpoint.save import Files
+from vilg.checkpoint.tensors import host_copy, save_safetensors
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
+from vilg.model.block import set_recompute
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
-from vilg.train import optim
+from vilg.train import moved_state, optim
 from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, step_result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 
 
 class Engine(Protocol):
@@ -37,22 +40,30 @@ class Engine(Protocol):
         """One optimizer step over this rank's micro-batches (host tensors)."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's files into an existing folder and flush them. Raises UserError."""
+    def files(self, *, copy: bool) -> Files:
+        """What this rank writes into a checkpoint. copy: of the state as it is now, on the host, so that training may go
+        on; otherwise they must be written before the next step."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Continue from files of the same layout. Raises UserError naming a file that is missing or refused."""
+        """Continue from files of the same layout, exactly. Raises UserError naming a file that is missing or refused."""
+        ...
+
+    def load_state(self, weights: Weights) -> None:
+        """Continue from files of any layout: every rank reads its part of weights and moments. Raises UserError."""
         ...
 
 
 def build_model(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.device) -> nn.Module:
     """This rank's part of the model, fp32, not filled: a `Vilg`, or a pipeline's stage, which has the same names."""
     if grid.pipeline_size == 1:
-        return Vilg(recipe.model, spec, grid=grid)
-    from vilg.train.pipeline_engine import build_stage  # it takes seconds
+        model = Vilg(recipe.model, spec, grid=grid)
+    else:
+        from vilg.train.pipeline_engine import build_stage  # it takes seconds
 
-    return build_stage(recipe, spec, grid, device)
+        model = build_stage(recipe, spec, grid, device)
+    set_recompute(model, recipe.parallel)
+    return model
 
 
 def build_engine(recipe: Recipe, grid: Grid, model: Vilg, device: torch.device) -> Engine:
@@ -109,20 +120,17 @@ class TorchEngine:
             self._spread_masters()
         return step_result(sums, plan, grad_norm=norm, skipped=skipped)
 
-    def save(self, folder: Path) -> None:
+    def files(self, *, copy: bool) -> Files:
         weights = {name: p.detach().contiguous() for name, p in zip(self.names, self.weights)}
         state = {}
         for name, master in zip(self.names, self.masters):
             state |= {f"{key}.{name}": value for key, value in self.optimizer.state[master].items()}
             if master.dtype != DTYPES[self.recipe.precision]:
                 state[f"master.{name}"] = master.detach()
-        for file, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, state)):
-            try:
-                save_file(tensors, folder / file)
-                with open(folder / file, "rb+") as stream:
-                    os.fsync(stream.fileno())
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot write {folder / file}: {write_failure(error)}") from error
+        written = {MODEL_FILE: weights, OPTIMIZER_FILE: state}
+        if copy:
+            written = {file: host_copy(tensors) for file, tensors in written.items()}
+        return {file: partial(save_safetensors, tensors) for file, tensors in written.items()}
 
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(_read(folder / MODEL_FILE, self.device))
@@ -135,6 +143,13 @@ class TorchEngine:
                 by_name[name].data.copy_(tensor)
             else:
                 self.optimizer.state[by_name[name]][entry] = tensor
+
+    def load_state(self, weights: Weights) -> None:
+        masters = dict(zip(self.names, self.masters))
+        moved_state.check_names(weights, masters)
+        part = moved_state.part_reader(weights, self.grid)
+        moved_state.fill_plain(self.optimizer, masters, part, steps=weights.optimizer_steps)
+        self._spread_masters()
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:

@@ -48,12 +48,13 @@ def train(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
             plan = plan_step(recipe, run.step + 1, text_targets=text_targets, image_targets=image_targets)
             result = run.engine.train_step(batches, plan)
             run.finish_step(plan, result, tokens)
+            run.check_save()
             if run.due(recipe.logging.every_steps):
                 run.log_line()
             if run.due(recipe.samples.every_steps):
                 run.draw_samples()
             if run.due(recipe.checkpoint.every_steps):
-                run.save()
+                run.save(background=recipe.checkpoint.asynchronous)
         if run.steps_left:
             run.log.say(f"{stop.asked or 'signal on another rank'}: stopping after step {run.step}")
         run.save()

@@ -4,10 +4,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vilg.checkpoint.load import check_layout
+from vilg.checkpoint.load import layout_note, verify_files
+from vilg.checkpoint.reader import open_weights
+from vilg.checkpoint.save import Saver
 from vilg.checkpoint.state import RunState, parameter_table, read_state, versions
 from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.data.loader import Loader, LoaderState, TokenDataset, bad_sample_path
@@ -18,7 +21,7 @@ from vilg.tokens.files import write_atomically
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
-from vilg.train.engine import Engine, build_engine, build_model
+from vilg.train.engine import build_engine, build_model
 from vilg.train.guards import NonFiniteGuard
 from vilg.train.log import RunLog
 from vilg.train.metrics import Meter, step_flops
@@ -52,7 +55,8 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
     Raises UserError for everything that a user can mend: another recipe's folder, files that do not fit each other, a
     damaged checkpoint, another layout.
     """
-    grid = Grid.build(tensor=recipe.parallel.tensor, pipeline=recipe.parallel.pipeline)
+    layout = recipe.parallel
+    grid = Grid.build(tensor=layout.tensor, pipeline=layout.pipeline, sequence_parallel=layout.sequence)
     text = ranks.together(lambda: TextTokenizer.load(recipe.tokens.text_model))
     image = ranks.together(lambda: ImageTokenizer.load(recipe.tokens.image_model))
     tokenizers = {"text": text.hash, "image": image.hash}
@@ -71,7 +75,13 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         model.reset_parameters(recipe.seed)
     engine = build_engine(recipe, grid, model, device)
     if before:
-        ranks.together(lambda: _load(engine, checkpoint, before, tokenizers))
+        ranks.together(lambda: _check_checkpoint(checkpoint, before, tokenizers, ranks))
+        note = layout_note(before.layout, engine.layout)
+        if note:
+            notes.append(note)
+            ranks.together(lambda: engine.load_state(open_weights(checkpoint, before)))
+        else:
+            ranks.together(lambda: engine.load(checkpoint))
     position = LoaderState.from_dict(before.loader) if before else None
     loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image_hash=image.hash))
     sampler = None
@@ -104,6 +114,9 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         parameters=parameter_table(engine.model, grid, ranks),
         position=loader.state,
         lock=lock,
+        saver=Saver(
+            recipe.run_dir, ranks=ranks, keep_last=recipe.checkpoint.keep_last, keep_every=recipe.checkpoint.keep_every
+        ),
     )
     if before:
         run.step, run.tokens, run.saved_step = before.step, before.tokens, before.step
@@ -137,16 +150,15 @@ def _loader(
     )
 
 
-def _load(engine: Engine, checkpoint: Path, before: RunState, tokenizers: dict[str, str]) -> None:
-    """Load weights and optimizer state, once it is clear that they belong to these tokenizers and this layout."""
+def _check_checkpoint(checkpoint: Path, before: RunState, tokenizers: dict[str, str], ranks: Ranks) -> None:
+    """Raises UserError unless the files are whole and belong to these tokenizers."""
     for kind, key in (("text", "tokens.text_model"), ("image", "tokens.image_model")):
         if before.tokenizers[kind] != tokenizers[kind]:
             raise UserError(
                 f"{checkpoint} was trained with {kind} tokenizer {before.tokenizers[kind][:12]}, but {key} is "
                 f"{tokenizers[kind][:12]}; name the file it was trained with"
             )
-    check_layout(before, checkpoint, engine.layout)
-    engine.load(checkpoint)
+    verify_files(checkpoint, before, rank=ranks.rank, world_size=ranks.world_size)
 
 
 def _introduce(run: Run, checkpoint: Path | None) -> None:
@@ -160,10 +172,18 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
             write_atomically(recipe.run_dir / "deepspeed.json", (json.dumps(config, indent=2) + "\n").encode())
     found = versions()
     run.log.say(
-        f"{recipe.name}: {parameters / 1e6:.1f}M parameters per rank, {layout['engine']} "
-        f"(ZeRO {layout['zero_stage']}), {run.ranks.world_size} process(es) = {layout['data']} data x "
-        f"{layout['tensor']} tensor x {layout['pipeline']} pipeline, {recipe.precision}, {run.engine.optimizer_name}, torch {found['torch']}, "
-        f"deepspeed {found['deepspeed']}"
+        f"{recipe.name}: {parameters / 1e6:.1f}M parameters per rank, {layout['engine']} (ZeRO {layout['zero_stage']}), "
+        f"{run.ranks.world_size} process(es) = {_describe(recipe, layout)}, {recipe.precision}, "
+        f"{run.engine.optimizer_name}, torch {found['torch']}, deepspeed {found['deepspeed']}"
     )
     where = f"continuing from {checkpoint}" if checkpoint else "starting"
     run.log.say(f"{where}: step {run.step} of {recipe.schedule.steps}; run folder {recipe.run_dir}")
+
+
+def _describe(recipe: Recipe, layout: dict[str, Any]) -> str:
+    """The layout in words: `2 data x 4 tensor (slots split) x 2 pipeline, recompute full every 2`."""
+    parallel = recipe.parallel
+    slots = " (slots split)" if parallel.sequence else ""
+    every = f" every {parallel.recompute_every}" if parallel.recompute_every > 1 else ""
+    sizes = f"{layout['data']} data x {layout['tensor']} tensor{slots} x {layout['pipeline']} pipeline"
+    return sizes if parallel.recompute == "none" else f"{sizes}, recompute {parallel.recompute}{every}"

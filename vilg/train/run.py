@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vilg.checkpoint.probes import compute_probes, save_probes
-from vilg.checkpoint.save import save_checkpoint
+from vilg.checkpoint.probes import PROBE_FILE, compute_probes, save_probes
+from vilg.checkpoint.save import Files, Saved, Saver
 from vilg.checkpoint.state import RunState
 from vilg.config import Recipe
 from vilg.data.loader import Loader, LoaderState
@@ -24,7 +25,7 @@ from vilg.train.step import StepPlan, StepResult
 
 @dataclass
 class Run:
-    """Everything the loop needs. step, tokens, position: after the last finished step; saved_step: of LATEST."""
+    """Everything the loop needs. step, tokens, position: after the last finished step; saved_step: of LATEST, or being saved."""
 
     recipe: Recipe
     ranks: Ranks
@@ -38,10 +39,12 @@ class Run:
     parameters: dict[str, dict[str, Any]]
     position: LoaderState
     lock: RunLock
+    saver: Saver
     step: int = 0
     tokens: int = 0
     saved_step: int | None = None
     guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    _stopped: float = 0.0
 
     @property
     def steps_left(self) -> int:
@@ -80,11 +83,23 @@ class Run:
             self.sampler.draw(path, title=f"{self.recipe.name}, step {self.step}")
         self.log.say(f"drew {SAMPLES}/{name}")
 
-    def save(self) -> None:
-        """Save a checkpoint of the last finished step, if LATEST is not that step already."""
-        if self.saved_step == self.step:
-            return
-        self.log.flush()  # the metrics on the disk must reach at least as far as the checkpoint
+    def save(self, *, background: bool = False) -> None:
+        """Save a checkpoint of the last finished step, if that was not begun already. background: training goes on when
+        the state is copied to the host; otherwise return when LATEST is this step. Raises SharedError."""
+        with self.meter.paused():
+            if self.saved_step != self.step:
+                self.log.flush()  # the metrics on the disk must reach at least as far as the checkpoint
+                self._begin_save(copy=background)
+            if not background:
+                self._report_save(self.saver.wait())
+
+    def check_save(self) -> None:
+        """Let a save in the background get on with its next part; all ranks call it after every step. Raises SharedError
+        if it failed."""
+        self._report_save(self.saver.poll())
+
+    def _begin_save(self, *, copy: bool) -> None:
+        self._report_save(self.saver.wait())  # before memory for another copy is taken
         started = time.perf_counter()
         state = RunState(
             step=self.step,
@@ -97,19 +112,19 @@ class Run:
             tokenizers=self.tokenizers,
             parameters=self.parameters,
         )
-        with self.meter.paused():
-            path = save_checkpoint(
-                self.recipe.run_dir, state, (self.engine.save, self._write_probes), ranks=self.ranks, keep_last=self.recipe.checkpoint.keep_last
-            )
-        self.saved_step = self.step
-        self.log.say(f"saved {path} in {time.perf_counter() - started:.1f} s")
+        files = {**self.engine.files(copy=copy), **self._probe_files()}
+        self.saver.begin(state, files)
+        self.saved_step, self._stopped = self.step, time.perf_counter() - started
+
+    def _report_save(self, saved: Saved | None) -> None:
+        if saved:
+            self.log.say(f"saved {saved.path} in {saved.seconds:.1f} s (training stood still for {self._stopped:.1f} s)")
 
     def mark_done(self) -> None:
         """Leave the file that tells batch scripts not to start the run again."""
         if self.ranks.is_main:
             write_atomically(self.recipe.run_dir / DONE_FILE, f"{self.step}\n".encode())
 
-    def _write_probes(self, folder: Path) -> None:
+    def _probe_files(self) -> Files:
         probes = compute_probes(self.engine.model)
-        if self.ranks.is_main:
-            save_probes(probes, folder)
+        return {PROBE_FILE: partial(save_probes, probes)} if self.ranks.is_main else {}
