@@ -16,6 +16,7 @@ from vilg.model.vilg import Vilg
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.sequence import SequenceSpec
 from vilg.train import rundir
+from vilg.train.changes import check_accept, check_tokenizers, compare
 from vilg.train.distributed import process_environment
 from vilg.train.guards import NonFiniteGuard, StopSignals
 from vilg.train.log import console_line, cut_metrics, duration
@@ -160,6 +161,26 @@ def test_harmless_changes_of_a_recipe_become_notes(tmp_path):
     changed = recipe(f"run_dir={tmp_path / 'run'}", "schedule.steps=60", "samples.temperature=0.5")
     checkpoint, notes = open_run_dir(changed)
     assert checkpoint is None and len(notes) == 2 and "schedule.steps changed from 50 to 60" in notes[1]
+
+
+def test_a_harmful_change_can_be_accepted_and_one_of_the_models_shape_cannot():
+    mine = recipe()
+    with pytest.raises(UserError, match="--accept=loss.*,seed"):
+        compare(mine, recipe("seed=1", "loss.text_weight=0.5"), "the checkpoint", ["loss.*"])
+    notes = compare(mine, recipe("seed=1", "loss.text_weight=0.5"), "the checkpoint", ["loss.*", "seed"])
+    assert [note.split(" changed")[0] for note in notes] == ["loss.text_weight", "seed"]
+    with pytest.raises(UserError, match="model.hidden_size.*weights are of another model"):
+        compare(mine, recipe("model.hidden_size=32"), "the checkpoint", ["model.*"])
+    with pytest.raises(UserError, match="--accept=sead: a recipe has no such key; did you mean 'seed'"):
+        check_accept(["sead"], mine)
+
+
+def test_another_tokenizer_is_refused_unless_accepted():
+    was, now = {"text": "a" * 64, "image": "b" * 64}, {"text": "a" * 64, "image": "c" * 64}
+    assert check_tokenizers(was, was, "here", []) == []
+    with pytest.raises(UserError, match="image tokenizer bbbbbbbbbbbb, but tokens.image_model is cccccccccccc.*--accept"):
+        check_tokenizers(was, now, "here", [])
+    assert len(check_tokenizers(was, now, "here", ["tokens.*"])) == 1
 
 
 @pytest.mark.parametrize("content", ["file", "foreign"])

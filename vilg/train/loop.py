@@ -15,12 +15,13 @@ USER_MISTAKE = 2
 
 
 def main(argv: Sequence[str]) -> int:
-    """`vilg train RECIPE [--section.key=value ...]`: start the recipe's run or continue it. Exit code 0 also for a stop
+    """`vilg train RECIPE [--section.key=value ...] [--accept=KEY,KEY]`: start the recipe's run or continue it. Exit code 0 also for a stop
     by signal: the run is saved, and `DONE` in its folder says whether it is finished."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with distributed(device) as ranks:
         try:
-            train(read_arguments(argv, ranks), ranks, device)
+            recipe, accept = read_arguments(argv, ranks)
+            train(recipe, ranks, device, accept=accept)
         except SharedError:
             if ranks.is_main:
                 raise
@@ -28,9 +29,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def train(recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
-    """Run the optimizer steps that are left. Every rank calls it; a signal to any ends all after a whole step."""
-    run = open_run(recipe, ranks, device)
+def train(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequence[str] = ()) -> None:
+    """Run the optimizer steps that are left. Every rank calls it; a signal to any ends all after a whole step.
+
+    accept: keys that may differ from the recipe of the checkpoint that the run continues.
+    """
+    run = open_run(recipe, ranks, device, accept=accept)
     if run is None:
         return
     replicas = run.grid.world_size // run.grid.data_size  # ranks that read the same data

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vilg.tokens.files import write_atomically
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
+from vilg.train.changes import DATA, check_accept, check_tokenizers, is_accepted
 from vilg.train.engine import build_engine, build_model
 from vilg.train.guards import NonFiniteGuard
 from vilg.train.log import RunLog
@@ -30,8 +32,9 @@ from vilg.train.rundir import DONE_FILE, LOGS, RunLock, open_run_dir, write_reci
 from vilg.train.samples import Sampler
 
 
-def read_arguments(argv: Sequence[str], ranks: Ranks) -> Recipe:
-    """The recipe of a command line, read and checked on one rank for all. Raises SharedError."""
+def read_arguments(argv: Sequence[str], ranks: Ranks) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe of a command line, read and checked on one rank for all, and the keys it accepts to have changed since
+    the checkpoint. Raises SharedError."""
     overrides, rest = take_overrides(argv)
     parser = argparse.ArgumentParser(
         prog="vilg train",
@@ -39,8 +42,21 @@ def read_arguments(argv: Sequence[str], ranks: Ranks) -> Recipe:
         epilog="--section.key=value overrides a key of the recipe, for example --optimizer.lr=1e-3",
     )
     parser.add_argument("recipe", type=Path, help="YAML file, for example launch/recipes/debug.yaml")
-    path = parser.parse_args(rest).recipe
-    return ranks.on_main(lambda: load_recipe(path, overrides, world_size=ranks.world_size))
+    parser.add_argument(
+        "--accept",
+        default="",
+        metavar="KEY,KEY",
+        help="continue although these keys differ from the checkpoint's recipe, for example --accept=seed,optimizer.*",
+    )
+    options = parser.parse_args(rest)
+    accept = tuple(filter(None, options.accept.split(",")))
+
+    def read() -> Recipe:
+        recipe = load_recipe(options.recipe, overrides, world_size=ranks.world_size)
+        check_accept(accept, recipe)
+        return recipe
+
+    return ranks.on_main(read), accept
 
 
 def sequence_spec(recipe: Recipe) -> SequenceSpec:
@@ -49,11 +65,11 @@ def sequence_spec(recipe: Recipe) -> SequenceSpec:
     return SequenceSpec(tokens.text_slots, tokens.grid, tokens.text_vocab_size, tokens.image_vocab_size)
 
 
-def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
+def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequence[str] = ()) -> Run | None:
     """Start or continue the run of a recipe; None if it is finished. All ranks call it.
 
-    Raises UserError for everything that a user can mend: another recipe's folder, files that do not fit each other, a
-    damaged checkpoint, another layout.
+    accept: keys that may differ from the checkpoint's recipe. Raises UserError for everything that a user can mend:
+    another recipe's folder, files that do not fit each other, a damaged checkpoint.
     """
     layout = recipe.parallel
     grid = Grid.build(tensor=layout.tensor, pipeline=layout.pipeline, sequence_parallel=layout.sequence)
@@ -62,7 +78,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
     tokenizers = {"text": text.hash, "image": image.hash}
     spec = sequence_spec(recipe)
     lock = RunLock(recipe.run_dir)
-    checkpoint, notes = ranks.on_main(lambda: open_run_dir(recipe, lock))
+    checkpoint, notes = ranks.on_main(lambda: open_run_dir(recipe, lock, accept))
     before = ranks.on_main(lambda: read_state(checkpoint) if checkpoint else None)
     if before and before.step >= recipe.schedule.steps:
         if ranks.is_main:
@@ -75,7 +91,9 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         model.reset_parameters(recipe.seed)
     engine = build_engine(recipe, grid, model, device)
     if before:
-        ranks.together(lambda: _check_checkpoint(checkpoint, before, tokenizers, ranks))
+        notes += ranks.on_main(lambda: check_tokenizers(before.tokenizers, tokenizers, checkpoint, accept))
+        share = dict(rank=ranks.rank, world_size=ranks.world_size)
+        ranks.together(lambda: verify_files(checkpoint, before, **share))
         note = layout_note(before.layout, engine.layout)
         if note:
             notes.append(note)
@@ -83,7 +101,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device) -> Run | None:
         else:
             ranks.together(lambda: engine.load(checkpoint))
     position = LoaderState.from_dict(before.loader) if before else None
-    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image_hash=image.hash))
+    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image_hash=image.hash, accept=accept))
     sampler = None
     if recipe.samples.every_steps:
         if engine.layout["zero_stage"] == 3:
@@ -133,9 +151,21 @@ def _loader(
     position: LoaderState | None,
     *,
     image_hash: str,
+    accept: Sequence[str],
 ) -> Loader:
+    dataset = TokenDataset.open(recipe.data.train)
+    if position:
+        position = replace(position, seed=recipe.seed)  # `open_run_dir` has compared the recipes
+        if is_accepted(DATA, accept):
+            position = replace(position, manifest_hash=dataset.manifest_hash)
+        elif position.manifest_hash != dataset.manifest_hash:
+            raise UserError(
+                f"the checkpoint was trained on data with manifest {position.manifest_hash[:12]}, but {dataset.folder} has "
+                f"{dataset.manifest_hash[:12]}; set {DATA} to the same shards, or continue all the same with "
+                f"--accept={','.join([*accept, DATA])}"
+            )
     return Loader(
-        TokenDataset.open(recipe.data.train),
+        dataset,
         text,
         spec,
         recipe.data,
@@ -148,17 +178,6 @@ def _loader(
         quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if grid.tensor_rank == grid.pipeline_rank == 0 else None,
         image_tokenizer_hash=image_hash,
     )
-
-
-def _check_checkpoint(checkpoint: Path, before: RunState, tokenizers: dict[str, str], ranks: Ranks) -> None:
-    """Raises UserError unless the files are whole and belong to these tokenizers."""
-    for kind, key in (("text", "tokens.text_model"), ("image", "tokens.image_model")):
-        if before.tokenizers[kind] != tokenizers[kind]:
-            raise UserError(
-                f"{checkpoint} was trained with {kind} tokenizer {before.tokenizers[kind][:12]}, but {key} is "
-                f"{tokenizers[kind][:12]}; name the file it was trained with"
-            )
-    verify_files(checkpoint, before, rank=ranks.rank, world_size=ranks.world_size)
 
 
 def _introduce(run: Run, checkpoint: Path | None) -> None:

@@ -5,37 +5,23 @@ config.yaml  deepspeed.json  checkpoints/  LATEST  logs/  samples/  DONE (after 
 
 import errno
 import fcntl
-from collections.abc import Iterator
-from fnmatch import fnmatch
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from pydantic import ValidationError
 
 from vilg.checkpoint.load import latest_checkpoint
 from vilg.checkpoint.save import LATEST, sweep
+from vilg.checkpoint.state import read_state
 from vilg.config import Recipe, dump_recipe, load_recipe
 from vilg.errors import UserError
 from vilg.tokens.files import write_atomically
+from vilg.train.changes import compare
 
 CONFIG_FILE, DONE_FILE, LOGS, SAMPLES = "config.yaml", "DONE", "logs", "samples"
 
-# Keys that a continued run may change, and what the change means. Every other difference is another run.
-CHANGEABLE = {
-    "name": "only a label",
-    "run_dir": "the folder was moved",
-    "logging.*": "only what is shown",
-    "samples.*": "only what is drawn",
-    "checkpoint.*": "only when checkpoints are saved",
-    "guards.*": "only when the run stops itself",
-    "data.train": "the folder may move; its manifest's hash must stay the same",
-    "data.workers": "batches do not depend on it",
-    "data.max_bad_fraction": "only when the run stops itself",
-    "tokens.text_model": "the file may move; its hash must stay the same",
-    "tokens.image_model": "the folder may move; its hash must stay the same",
-    "batch.micro_size": "the same batches in other parts; losses differ by rounding",
-    "parallel.*": "the checkpoint must be readable under the new layout",
-    "schedule.steps": "the learning rate follows the new length from here on",
-    "schedule.min_lr_ratio": "the learning rate follows it from here on",
-}
 _FOREIGN_ALLOWED = {LOGS, SAMPLES}  # a batch script may have opened its log here before the run starts
 
 
@@ -67,47 +53,41 @@ class RunLock:
             self._stream = None
 
 
-def open_run_dir(recipe: Recipe, lock: RunLock) -> tuple[Path | None, list[str]]:
+def open_run_dir(recipe: Recipe, lock: RunLock, accept: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
     """Make or recognise the run folder; the checkpoint to continue from (None: start anew) and notes for people.
 
-    Called on one rank, which holds `lock` from then on. Raises UserError if the folder is in use, or belongs to something
-    else or to another recipe, naming the keys.
+    Called on one rank, which holds `lock` from then on. accept: keys that may differ from the checkpoint's recipe. Raises
+    UserError if the folder is in use, or belongs to something else or to another recipe, naming the keys.
     """
     folder = recipe.run_dir
     _check_place(folder)
     lock.acquire()
-    notes = []
-    if (folder / CONFIG_FILE).exists():
-        notes += compare(load_recipe(folder / CONFIG_FILE, cross_checks=False), recipe, folder)
-        if swept := sweep(folder):
-            notes.append(f"removed what an interrupted save left behind: {', '.join(swept)}")
+    checkpoint, notes = latest_checkpoint(folder), []
+    if checkpoint:
+        notes += compare(_recipe_of(checkpoint), recipe, checkpoint, accept)
+    elif (folder / CONFIG_FILE).exists():  # stopped before its first checkpoint was whole
+        notes += compare(load_recipe(folder / CONFIG_FILE, cross_checks=False), recipe, folder, accept)
+    if swept := sweep(folder):
+        notes.append(f"removed what an interrupted save left behind: {', '.join(swept)}")
     for name in (LOGS, SAMPLES):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    return latest_checkpoint(folder), notes
+    return checkpoint, notes
+
+
+def _recipe_of(checkpoint: Path) -> Recipe:
+    try:
+        return Recipe.model_validate_json(json.dumps(read_state(checkpoint).recipe), strict=True)
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise UserError(
+            f"{checkpoint}: its recipe has keys that this vilg does not know, or lacks some ({keys}); continue it with the "
+            "vilg that wrote it (vilg inspect shows the commit)"
+        ) from None
 
 
 def write_recipe(recipe: Recipe) -> None:
     """Leave the resolved recipe in the folder, which is the run's from then on."""
     write_atomically(recipe.run_dir / CONFIG_FILE, dump_recipe(recipe).encode())
-
-
-def compare(before: Recipe, now: Recipe, folder: Path) -> list[str]:
-    """Notes for changes that a continued run may make. Raises UserError listing all that it may not."""
-    old, new = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (before, now))
-    changed = [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
-    notes, refused = [], []
-    for key, was, is_now in changed:
-        why = next((text for pattern, text in CHANGEABLE.items() if fnmatch(key, pattern)), None)
-        if why is None:
-            refused.append(f"{key}: {_shown(was)} there, {_shown(is_now)} here")
-        else:
-            notes.append(f"{key} changed from {_shown(was)} to {_shown(is_now)} ({why})")
-    if refused:
-        raise UserError(
-            f"{folder} belongs to a run of another recipe:\n  " + "\n  ".join(refused) + "\n"
-            f"Give this one its own folder (--run_dir=...), or use {folder / CONFIG_FILE}. Nothing was changed"
-        )
-    return notes
 
 
 def _check_place(folder: Path) -> None:
@@ -131,15 +111,3 @@ def _check_place(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"run_dir={folder} cannot be written to: {error.strerror}") from None
 
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
