@@ -9,6 +9,8 @@ import torch
 
 from tests.distributed.helpers import run_distributed
 from tests.model_support import SPEC, mixed_batch, tiny_config, tiny_model
+from vilg.config.schema import ParallelConfig
+from vilg.model.block import set_recompute
 from vilg.model.loss import direction_losses
 from vilg.parallel import layout
 from vilg.parallel.grid import Grid
@@ -60,7 +62,7 @@ def deepspeed_without_compiling():
     return deepspeed
 
 
-def pipeline(rank, world_size, config, tensor, stages, sequence_parallel, checkpoint_interval):
+def pipeline(rank, world_size, config, tensor, stages, sequence_parallel, recompute):
     """This rank's coordinates, history and weights, from DeepSpeed's pipeline engine."""
     deepspeed = deepspeed_without_compiling()
     from vilg.model.pipe import DEEPSPEED_SETTINGS, VilgPipe, pipe_inputs
@@ -77,9 +79,9 @@ def pipeline(rank, world_size, config, tensor, stages, sequence_parallel, checkp
     }
     with contextlib.redirect_stdout(io.StringIO()):
         model = VilgPipe(
-            config, SPEC, grid=grid, factor=MICRO_BATCHES * grid.data_size, dtype=torch.float32,
-            activation_checkpoint_interval=checkpoint_interval,
-        )  # fmt: skip
+            config, SPEC, grid=grid, factor=MICRO_BATCHES * grid.data_size, dtype=torch.float32
+        )
+        set_recompute(model, ParallelConfig(recompute=recompute))
         model.reset_parameters(0)
         optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -100,19 +102,19 @@ def pipeline(rank, world_size, config, tensor, stages, sequence_parallel, checkp
 
 
 CASES = {
-    "2 stages, recomputed, dropout": (2, tiny_config(dropout=0.2, qk_norm=True), 1, 2, False, 1),
-    "tensor 2 x 2 stages, slots split": (4, tiny_config(attention="dense"), 2, 2, True, 0),
-    "2 stages x data 2": (4, tiny_config(), 1, 2, False, 0),
+    "2 stages, recomputed, dropout": (2, tiny_config(dropout=0.2, qk_norm=True), 1, 2, False, "full"),
+    "tensor 2 x 2 stages, slots split": (4, tiny_config(attention="dense"), 2, 2, True, "none"),
+    "2 stages x data 2": (4, tiny_config(), 1, 2, False, "none"),
 }
 
 
 @pytest.mark.parametrize(
-    ("world_size", "config", "tensor", "stages", "sequence_parallel", "interval"), CASES.values(), ids=CASES
+    ("world_size", "config", "tensor", "stages", "sequence_parallel", "recompute"), CASES.values(), ids=CASES
 )
 def test_pipeline_has_the_losses_gradient_norms_and_weights_of_one_process(
-    world_size, config, tensor, stages, sequence_parallel, interval
+    world_size, config, tensor, stages, sequence_parallel, recompute
 ):
-    arguments = (config, tensor, stages, sequence_parallel, interval)
+    arguments = (config, tensor, stages, sequence_parallel, recompute)
     ranks = run_distributed(world_size, pipeline, arguments)
     wanted, weights = one_process(config, world_size // (tensor * stages))
     assert wanted[0][0] > wanted[-1][0]  # it learns, so that later steps test the updates

@@ -84,6 +84,9 @@ class LossConfig(Section):
     )
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
 class ParallelConfig(Section):
     """How ranks are laid out; the data size follows from the number of processes."""
 
@@ -96,7 +99,18 @@ class ParallelConfig(Section):
     sequence: bool = Field(
         False, description="Split norms, dropout and residuals along the slots over the tensor ranks (2205.05198)."
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Recompute = Field(
+        "none",
+        description="What is computed again in the backward instead of kept: selective: each layer's attention branch; "
+        "full: whole layers.",
+    )
+    recompute_every: PositiveInt = Field(
+        1, description="With recompute full: 1 recomputes every layer, n every n-th; the others keep their activations."
+    )
+    sequence: bool = Field(
+        False, description="Split norms, dropout and residuals along the slots over the tensor ranks (2205.05198)."
+    )
+    recompute: Recompute = Field(
         "none",
         description="What is computed again in the backward instead of kept: selective: each layer's attention branch; "
         "full: whole layers.",

@@ -1,9 +1,14 @@
 """One transformer block: x + Attention(norm(x)), then x + FFN(norm(x)), as in GPT-2."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vilg.config.schema import ModelConfig
+from vilg.config.schema import ModelConfig, ParallelConfig, Recompute
 from vilg.model.attention import Attend, Attention
 from vilg.parallel.grid import Grid
 from vilg.parallel.layers import ColumnParallelLinear, Norm, RowParallelLinear
@@ -32,8 +37,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Block number `index` (from 0) with one attention pattern.
 
-    With sequence parallelism `hidden` holds this rank's slots only; nothing in here knows.
+    With sequence parallelism `hidden` holds this rank's slots only; nothing in here knows. recompute: see
+    `ParallelConfig`; dropout is a hash of the place, so what is computed again is the same.
     """
+
+    recompute: Recompute = "none"
 
     def __init__(self, config: ModelConfig, index: int, pattern: str, *, grid: Grid, device=None, dtype=None):
         super().__init__()
@@ -43,7 +51,16 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, attend: Attend, dropout_seeds: Tensor | None = None) -> Tensor:
         """[B, S, C] -> [B, S, C]. dropout_seeds: int64 [B], needed in training if the model has dropout."""
-        hidden = hidden + self._drop(self.attention(hidden, attend), dropout_seeds, site=2 * self.index)
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return recomputed(self._branches, hidden, attend, dropout_seeds)
+        return self._branches(hidden, attend, dropout_seeds)
+
+    def _branches(self, hidden: Tensor, attend: Attend, dropout_seeds: Tensor | None) -> Tensor:
+        if self.recompute == "selective" and torch.is_grad_enabled():
+            mixed = recomputed(self.attention, hidden, attend)
+        else:
+            mixed = self.attention(hidden, attend)
+        hidden = hidden + self._drop(mixed, dropout_seeds, site=2 * self.index)
         return hidden + self._drop(self.ffn(hidden), dropout_seeds, site=2 * self.index + 1)
 
     def _drop(self, branch: Tensor, seeds: Tensor | None, *, site: int) -> Tensor:
@@ -53,3 +70,17 @@ class Block(nn.Module):
             raise ValueError(f"model.dropout={self.dropout} needs dropout_seeds (parallel/rng.py) in training mode")
         first_slot = self.grid.tensor_rank * branch.shape[1] if self.grid.sequence_parallel else 0
         return dropout(branch, self.dropout, seeds, site=site, first_slot=first_slot)
+
+
+def set_recompute(model: nn.Module, config: ParallelConfig) -> None:
+    """Tell the blocks of a model, or of a pipeline's stage, which of them compute what again (their numbers count
+    through all stages)."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            chosen = (block.index + 1) % config.recompute_every == 0
+            block.recompute = config.recompute if chosen else "none"
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs), whose intermediate results are dropped and computed again in the backward."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -113,14 +113,12 @@ class VilgPipe(PipelineModule):
     """This rank's stage, for `deepspeed.initialize` with `DEEPSPEED_SETTINGS`. Parameters have the names of `Vilg` and
     are NaN until filled. Stages are cut by the layers' operations (`size.stage_bounds`).
 
-    factor: see `PipeLoss`, which is `self.loss_fn`. activation_checkpoint_interval: layers per recomputed stretch, 0
-    for none. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
+    factor: see `PipeLoss`, which is `self.loss_fn`. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
     """
 
     def __init__(
-        self, config: ModelConfig, spec: SequenceSpec, *, grid: Grid, factor: int,
-        activation_checkpoint_interval: int = 0, device=None, dtype=None,
-    ):  # fmt: skip
+        self, config: ModelConfig, spec: SequenceSpec, *, grid: Grid, factor: int, device=None, dtype=None
+    ):
         # Attributes that the base class needs while it builds; modules may only be set after nn.Module.__init__.
         object.__setattr__(self, "bounds", stage_bounds(layer_costs(config, spec), grid.pipeline_size))
         super().__init__(
@@ -129,7 +127,6 @@ class VilgPipe(PipelineModule):
                 num_pp=grid.pipeline_size, num_mp=grid.tensor_size, num_dp=grid.data_size
             ),
             loss_fn=PipeLoss(group=grid.tensor_group, factor=factor),
-            activation_checkpoint_interval=activation_checkpoint_interval,
         )
         self.config, self.spec, self.grid = config, spec, grid
         layout.mark_parameters(self, size=grid.tensor_size)

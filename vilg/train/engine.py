@@ -20,6 +20,7 @@ from vilg.checkpoint.tensors import host_copy, save_safetensors
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.model.block import set_recompute
+from vilg.model.block import set_recompute
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
