@@ -206,12 +206,3 @@ def _describe(recipe: Recipe, layout: dict[str, Any]) -> str:
     every = f" every {parallel.recompute_every}" if parallel.recompute_every > 1 else ""
     sizes = f"{layout['data']} data x {layout['tensor']} tensor{slots} x {layout['pipeline']} pipeline"
     return sizes if parallel.recompute == "none" else f"{sizes}, recompute {parallel.recompute}{every}"
-
-
-def _describe(recipe: Recipe, layout: dict[str, Any]) -> str:
-    """The layout in words: `2 data x 4 tensor (slots split) x 2 pipeline, recompute full every 2`."""
-    parallel = recipe.parallel
-    slots = " (slots split)" if parallel.sequence else ""
-    every = f" every {parallel.recompute_every}" if parallel.recompute_every > 1 else ""
-    sizes = f"{layout['data']} data x {layout['tensor']} tensor{slots} x {layout['pipeline']} pipeline"
-    return sizes if parallel.recompute == "none" else f"{sizes}, recompute {parallel.recompute}{every}"
