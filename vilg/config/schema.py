@@ -107,17 +107,6 @@ class ParallelConfig(Section):
     recompute_every: PositiveInt = Field(
         1, description="With recompute full: 1 recomputes every layer, n every n-th; the others keep their activations."
     )
-    sequence: bool = Field(
-        False, description="Split norms, dropout and residuals along the slots over the tensor ranks (2205.05198)."
-    )
-    recompute: Recompute = Field(
-        "none",
-        description="What is computed again in the backward instead of kept: selective: each layer's attention branch; "
-        "full: whole layers.",
-    )
-    recompute_every: PositiveInt = Field(
-        1, description="With recompute full: 1 recomputes every layer, n every n-th; the others keep their activations."
-    )
 
 
 class OptimizerConfig(Section):
@@ -146,6 +135,39 @@ class GuardsConfig(Section):
         ge=0,
         description="Consecutive steps with a non-finite loss or gradient, all skipped, before the run stops.",
     )
+    spike_action: Literal["off", "log", "skip", "rollback"] = Field(
+        "log",
+        description="A loss above the limit is reported (log), its step is left out (skip), or the run goes back to its "
+        "last checkpoint and past all samples since then (rollback).",
+    )
+    spike_window: int = Field(
+        128, ge=8, description="Steps whose losses give the limit; nothing is judged before half of them are done."
+    )
+    spike_threshold: float = Field(
+        10.0, gt=0, description="The limit: this many robust standard deviations over the window's median loss."
+    )
+    max_spikes: int = Field(
+        3, ge=0, description="Spikes skipped in a row, or rollbacks to one checkpoint, before the run stops."
+    )
+    hang_timeout: float = Field(
+        1200.0,
+        ge=0,
+        le=1800,
+        description="Seconds without a finished step after which every rank leaves its stacks and ends (exit code 75); 0: "
+        "never. Checkpoints and sample sheets do not count; collectives give up by themselves after 1800.",
+    )
+    straggler_percent: float = Field(
+        30.0,
+        ge=0,
+        description="The slowest rank is named if its forward passes, or its wait for data as a share of the step, are so "
+        "many percent over the median in two console lines running; 0: never.",
+    )
+    recompute_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between checks for silent data corruption: one micro-batch's loss is computed twice and must "
+        "have the same bits (two forward passes); 0: none.",
+    )
 
 
 class CheckpointConfig(Section):
@@ -168,6 +190,16 @@ class LoggingConfig(Section):
 
     every_steps: PositiveInt = Field(10, description="Steps between console lines.")
     tensorboard: bool = Field(True, description="Write TensorBoard scalars beside the JSONL.")
+    heartbeat_seconds: float = Field(
+        10.0, ge=0, description="Least seconds between two writings of logs/heartbeat.json; 0 writes none."
+    )
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="Weights & Biases: offline keeps its files in logs/; needs the package wandb."
+    )
+    wandb_project: str = Field("vilg", description="Project there.")
+    prometheus: Path | None = Field(
+        None, description="Folder of a node exporter's textfile collector, where <name>.prom is kept up to date."
+    )
 
 
 class SamplesConfig(Section):

@@ -28,7 +28,7 @@ from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch
 from vilg.train import moved_state, optim
-from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, step_result
+from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, spoil_spike, step_result
 
 
 class DeepSpeedEngine:
@@ -69,8 +69,10 @@ class DeepSpeedEngine:
         for index, batch in enumerate(batches):
             seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
             loss, parts = micro_batch_loss(self.engine, batch.to(self.device), plan, seeds, self.grid)
-            self.engine.backward(loss * self.grid.data_size, scale_wrt_gas=False)
             sums += parts
+            if index + 1 == len(batches):
+                loss = spoil_spike(loss, sums, plan, self.grid)
+            self.engine.backward(loss * self.grid.data_size, scale_wrt_gas=False)
             if index + 1 < len(batches) or self.stage > 0:
                 self.engine.step()  # counts micro-batches; the last one updates the weights
         norm, skipped = self._plain_step() if self.stage == 0 else self._zero_outcome()

@@ -20,14 +20,12 @@ from vilg.checkpoint.tensors import host_copy, save_safetensors
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.model.block import set_recompute
-from vilg.model.block import set_recompute
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
+from vilg.parallel.precision import DTYPES
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 from vilg.train import moved_state, optim
-from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, step_result
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, spoil_spike, step_result
 
 
 class Engine(Protocol):
@@ -109,8 +107,10 @@ class TorchEngine:
         for index, batch in enumerate(batches):
             seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
             loss, parts = micro_batch_loss(self.model, batch.to(self.device), plan, seeds, self.grid)
-            loss.backward()
             sums += parts
+            if index + 1 == len(batches):
+                loss = spoil_spike(loss, sums, plan, self.grid)
+            loss.backward()
             self._collect_gradients()
         norm = optim.gradient_norm(self.masters)
         skipped = not bool(norm.isfinite())

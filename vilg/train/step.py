@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vilg.config.schema import Recipe
@@ -18,7 +19,7 @@ from vilg.train.optim import learning_rate
 @dataclass(frozen=True)
 class StepPlan:
     """One optimizer step. Target counts are of the global batch; a scale turns a sum of cross entropies into its part
-    of the loss, so the loss is the same number however the batch is split."""
+    of the loss, so the loss is the same number however the batch is split. loss_limit: above it the step is left out."""
 
     step: int
     lr: float
@@ -26,6 +27,7 @@ class StepPlan:
     image_targets: int
     text_scale: float
     image_scale: float
+    loss_limit: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class StepResult:
     lr: float
 
 
-def plan_step(recipe: Recipe, step: int, *, text_targets: int, image_targets: int) -> StepPlan:
+def plan_step(
+    recipe: Recipe, step: int, *, text_targets: int, image_targets: int, loss_limit: float = math.inf
+) -> StepPlan:
     """Scales by `loss.reduction`: `mean` divides by the direction's target tokens in the global batch, `sum` (the
     paper's eq. 3-5) by the pairs in it."""
     loss, pairs = recipe.loss, recipe.batch.global_size
@@ -56,6 +60,7 @@ def plan_step(recipe: Recipe, step: int, *, text_targets: int, image_targets: in
         image_targets=image_targets,
         text_scale=loss.text_weight / max(1, text_unit),
         image_scale=loss.image_weight / max(1, image_unit),
+        loss_limit=loss_limit,
     )
 
 
@@ -67,6 +72,21 @@ def micro_batch_loss(
     text_sum, image_sum = direction_losses(*logits, batch.text_target, batch.image_target, group=grid.tensor_group)
     loss = text_sum * plan.text_scale + image_sum * plan.image_scale
     return nan_unless_finite(loss), torch.stack([text_sum, image_sum]).detach().double()
+
+
+def spoil_spike(loss: Tensor, sums: Tensor, plan: StepPlan, grid: Grid) -> Tensor:
+    """The last micro-batch's loss; NaN if that of the whole global batch is above the plan's limit.
+
+    sums: of all this rank's micro-batches, float64 [text, image]. So a spike is known before its last backward pass, and
+    is left out as every non-finite step is: by all ranks together, without asking the device.
+    """
+    if plan.loss_limit == math.inf:
+        return loss
+    total = sums.clone()
+    if grid.data_group is not None:
+        dist.all_reduce(total, group=grid.data_group)
+    whole = total[0] * plan.text_scale + total[1] * plan.image_scale
+    return loss * torch.where(whole > plan.loss_limit, math.nan, 1.0)
 
 
 def dropout_seeds(recipe: Recipe, grid: Grid, plan: StepPlan, index: int, batch: SequenceBatch) -> Tensor:

@@ -1,0 +1,51 @@
+"""What happened to a run, beside its steps: logs/events.jsonl, one line an event, only ever appended to.
+
+An event has `time` (seconds since 1970), `event` (one of KINDS), `step` (the last finished one), and what the kind adds;
+`text` is the sentence that people read.
+"""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+EVENTS_FILE = "events.jsonl"
+KINDS = (
+    "start",  # host, world_size, job
+    "save",
+    "draw",
+    "nonfinite",  # a step left out
+    "spike",  # loss, limit, action
+    "rollback",  # to_step, left_out
+    "straggler",
+    "fault",  # planted by VILG_FAULT
+    "hang",
+    "stop",  # asked for, the run can be continued
+    "finish",
+    "error",
+)
+
+
+def append_event(folder: Path, kind: str, step: int, text: str, **details: Any) -> dict[str, Any]:
+    """Append an event to the folder's file and give it back."""
+    assert kind in KINDS, kind
+    row = {"time": round(time.time(), 3), "event": kind, "step": step, "text": text, **details}
+    # One short write: lines of two ranks do not mix, and a crash cuts at most the last one.
+    with open(folder / EVENTS_FILE, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return row
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """All events of a logs folder in order; none if there is no file. A line that a crash cut is left out."""
+    path = folder / EVENTS_FILE
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"time", "event", "step"} <= row.keys():
+                events.append(row)
+    return events

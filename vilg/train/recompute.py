@@ -1,0 +1,40 @@
+"""A check for silent data corruption: one micro-batch's loss, computed twice, must be the same in every bit.
+
+A core or a memory cell that now and then computes wrongly raises no error; about one machine in a thousand does
+(Dixit et al., 2102.11245). The same numbers in the same order on the same device give the same bits, so any
+difference is the hardware's, or a kernel's that is not deterministic.
+"""
+
+import socket
+
+import torch
+from torch import nn
+
+from vilg.config.schema import Recipe
+from vilg.parallel.grid import Grid
+from vilg.parallel.ranks import Ranks, SharedError
+from vilg.tokens.sequence import SequenceBatch
+from vilg.train.step import StepPlan, dropout_seeds, micro_batch_loss
+
+
+@torch.no_grad()
+def check_recomputation(
+    model: nn.Module, batch: SequenceBatch, plan: StepPlan, *, recipe: Recipe, grid: Grid, ranks: Ranks
+) -> None:
+    """Compute the step's first micro-batch twice, without gradients; weights and random numbers stay as they are.
+
+    All ranks call it. Raises SharedError naming the ranks and hosts whose cross entropy sums (float64, from fp32) differ.
+    """
+    device = next(model.parameters()).device
+    seeds = dropout_seeds(recipe, grid, plan, 0, batch)
+    first, second = (
+        micro_batch_loss(model, batch.to(device), plan, seeds, grid)[1].view(torch.int64).tolist() for _ in range(2)
+    )
+    found = ranks.gather((first == second, socket.gethostname()))
+    wrong = [f"rank {rank} on {host}" for rank, (same, host) in enumerate(found) if not same]
+    if wrong:
+        raise SharedError(
+            f"step {plan.step}: the same micro-batch gave two losses on {', '.join(wrong)} (guards.recompute_every="
+            f"{recipe.guards.recompute_every}). Tensor ranks of one group fail together: test the GPUs of all that are "
+            "named, and leave them out; checkpoints since the last check that passed may be damaged"
+        )
