@@ -333,12 +333,12 @@ def test_export_is_the_checkpoint_and_is_verified(two_processes, run, tmp_path, 
 
 
 def test_an_export_that_gives_other_logits_is_not_kept(two_processes, tmp_path, capsys, monkeypatch):
-    from vilg.checkpoint import export
+    from vilg.checkpoint.reader.base import Weights
 
-    honest = export._converted
+    honest = Weights.read
     spoil = "layers.1.attention.qkv.weight"
     monkeypatch.setattr(
-        export, "_converted", lambda w, n, d: honest(w, n, d).roll(1, 0) if n == spoil else honest(w, n, d)
+        Weights, "read", lambda w, n, *, kind: honest(w, n, kind=kind).roll(1, 0) if n == spoil else honest(w, n, kind=kind)
     )
     assert vilg(["export", str(two_processes["alternate"]), "--out", str(tmp_path / "out")]) == 2
     assert "gives other logits" in capsys.readouterr().err

@@ -7,43 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from tests.model_support import tiny_config, tiny_model
+from tests.export_support import SHARD, write_export
 from vilg.errors import UserError
 from vilg.inference.commands import caption_main, generate_main
 from vilg.inference.load import load_model
-from vilg.tokens.sequence import SequenceSpec
-from vilg.tokens.text import train_text_tokenizer
-from vilg.tokens.vqgan import ImageTokenizer
-from vilg.tokens.vqgan.config import ImageTokenizerConfig
-
-SHARD = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A whole export of a tiny model, written by hand."""
-    text = train_text_tokenizer(["a cat", "一只猫"], tmp_path / "text.model", vocab_size=300)
-    image = ImageTokenizer(ImageTokenizerConfig(image_size=16, num_codes=16, encoder_width=8, decoder_width=8))
-    image.save(tmp_path / "image_tokenizer")
-    spec = SequenceSpec(text_slots=6, grid=(4, 4), text_vocab_size=text.vocab_size, image_vocab_size=16)
-    weights = tiny_model(spec=spec).state_dict()
-    save_file(weights, tmp_path / SHARD)
-    config = {
-        "format_version": 1,
-        "name": "tiny",
-        "dtype": "float32",
-        "model": tiny_config().model_dump(mode="json"),
-        "sequence": {"text_slots": 6, "grid": [4, 4], "text_vocab_size": text.vocab_size, "image_vocab_size": 16},
-        "text_tokenizer": {"file": "text.model", "hash": text.hash},
-        "image_tokenizer": {"folder": "image_tokenizer", "hash": image.hash},
-    }
-    generation = {"format_version": 1, "guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(weights, SHARD)}
-    for name, content in (("config", config), ("generation_config", generation), ("model.safetensors.index", index)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    return tmp_path
+    return write_export(tmp_path)
 
 
 def test_a_whole_folder_opens_and_draws_with_its_settings(folder):
@@ -68,7 +41,8 @@ def drop(key: str) -> Callable[[dict], object]:
         ("config.json", lambda c: c["text_tokenizer"].update(hash="0" * 64), "text.model: hash .* names 000000000000"),
         ("generation_config.json", drop("format_version"), "generation_config.json: format_version None"),
         ("generation_config.json", lambda c: c.update(surprise=1), "generation_config.json: .*surprise"),
-        ("generation_config.json", lambda c: c.update(guidance=-1), "generation_config.json: guidance=-1"),
+        ("generation_config.json", lambda c: c.update(guidance_scale=-1), "generation_config.json: guidance=-1"),
+        ("generation_config.json", drop("top_k"), "generation_config.json: 'top_k' is missing"),
         ("model.safetensors.index.json", drop("weight_map"), "index.json: is no index"),
         (
             "model.safetensors.index.json",

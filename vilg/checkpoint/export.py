@@ -10,20 +10,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from tqdm import tqdm
 
 from vilg.checkpoint.card import model_card
+from vilg.checkpoint.huggingface.files import config_keys, write_files
 from vilg.checkpoint.load import find_checkpoint
 from vilg.checkpoint.probes import TOLERANCE, compute_probes, largest_difference, largest_logit, load_probes
 from vilg.checkpoint.reader import Weights, open_weights
 from vilg.checkpoint.state import RunState
+from vilg.checkpoint.stream import Progress, load_when_used, plan_files, write_weights
 from vilg.checkpoint.tensors import write_failure
 from vilg.config.schema import ModelConfig, SamplesConfig
 from vilg.errors import UserError
@@ -34,12 +35,16 @@ from vilg.inference.format import (
     IMAGE_TOKENIZER_FOLDER,
     INDEX_FILE,
     TEXT_MODEL_FILE,
+    generation_settings,
+    weights_file,
 )
-from vilg.inference.load import load_model
+from vilg.inference.load import empty_model, read_description
+from vilg.inference.sampling import SamplingConfig
+from vilg.inference.weights import FolderWeights
+from vilg.parallel.precision import DTYPE_OF_NAME, DTYPES, dtype_name
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNITS = {"MB": 10**6, "GB": 10**9}
 
 
@@ -64,31 +69,47 @@ def export(
     image_model: Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
-    progress: Callable[[str], None] = lambda _: None,
+    ema: bool = False,
+    show_progress: bool = False,
 ) -> Exported:
     """Turn a run's latest checkpoint, or the checkpoint named, into the folder `out`.
 
     dtype: fp32, bf16 or fp16; by default that of the run. shard_bytes: most bytes of a weights file, unless one tensor
-    is larger. text_model, image_model: where the tokenizers lie now, if not where the recipe says.
-    Nothing appears under `out` before it is whole and verified. Raises UserError naming the file at fault, also when
+    is larger. text_model, image_model: where the tokenizers lie now, if not where the recipe says. ema: the moving
+    average of the weights, an error as long as the trainer keeps none. show_progress: a bar on a terminal.
+    Holds one tensor in memory at a time, also while it verifies. Nothing appears under `out` before it is whole and verified. Raises UserError naming the file at fault, also when
     the exported model's logits differ from those stored in the checkpoint.
     """
     checkpoint = find_checkpoint(source)
     weights = open_weights(checkpoint)
     state = weights.state
+    if ema:
+        raise UserError(
+            f"{checkpoint}: holds no moving average (EMA) of the weights, as `vilg train` keeps none; "
+            "export the weights themselves, without --ema"
+        )
     dtype = dtype or state.layout["precision"]
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     if out.exists() and not overwrite and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"{out} exists already; name a new folder, or replace it with --overwrite")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / INDEX_FILE).exists():
         raise UserError(f"{out} holds no export, so --overwrite will not replace it; name a new folder")
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    parameters = sum(torch.Size(shape).numel() for _, shape in weights.sizes())
+    size = parameters * DTYPES[dtype].itemsize
     try:
         partial.mkdir(parents=True)
+        _check_space(partial, size)
         _write_tokenizers(partial, state, text_model, image_model)
-        parameters, size = _write_weights(partial, weights, DTYPES[dtype], shard_bytes, progress)
+        with _bar("writing", size, show_progress) as bar:
+            _write_weights(partial, weights, DTYPES[dtype], shard_bytes, bar.update)
         _write_texts(partial, checkpoint, state, dtype, parameters)
-        difference = _verified(partial, checkpoint, dtype) if verify else None
+        difference = None
+        if verify:
+            with _bar("verifying", size, show_progress) as bar:
+                difference = _verified(partial, checkpoint, DTYPES[dtype], bar.update)
         _publish(partial, out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {write_failure(error)}; nothing was left there") from error
@@ -106,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shard-size", default="5GB", help="largest weights file, like 5GB or 500MB")
     parser.add_argument("--text-model", type=Path, help="SentencePiece file, if not where the recipe says")
     parser.add_argument("--image-model", type=Path, help="image tokenizer folder, if not where the recipe says")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights, where one is kept")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     parser.add_argument("--no-verify", action="store_true", help="do not recompute the checkpoint's stored logits")
     options = parser.parse_args(argv)
@@ -119,7 +141,8 @@ def main(argv: Sequence[str]) -> int:
         image_model=options.image_model,
         overwrite=options.overwrite,
         verify=not options.no_verify,
-        progress=print,
+        ema=options.ema,
+        show_progress=True,
     )
     checked = "not verified" if done.difference is None else f"largest logit difference {done.difference:.2g}"
     print(
@@ -143,41 +166,21 @@ def _write_tokenizers(folder: Path, state: RunState, text_model: Path | None, im
             )
     text.save(folder / TEXT_MODEL_FILE)
     image.save(folder / IMAGE_TOKENIZER_FOLDER)
+    write_files(folder, text)
 
 
 def _write_weights(
-    folder: Path, weights: Weights, dtype: torch.dtype, shard_bytes: int, progress: Callable[[str], None]
-) -> tuple[int, int]:
-    """Number of parameters and of bytes. Holds one shard in memory."""
-    width = dtype.itemsize
-    shards: list[list[str]] = []
-    room = 0
-    counts = {name: int(torch.Size(shape).numel()) for name, shape in weights.sizes()}
-    for name, count in counts.items():
-        if not shards or count * width > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= count * width
+    folder: Path, weights: Weights, dtype: torch.dtype, shard_bytes: int, progress: Progress
+) -> None:
+    sizes = [(name, torch.Size(shape).numel() * dtype.itemsize) for name, shape in weights.sizes()]
+    files = plan_files(sizes, limit=shard_bytes)
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: _converted(weights, name, dtype) for name in names}, folder / file, metadata={"format": "pt"})
-        weight_map |= {name: file for name in names}
-        progress(f"wrote {file} ({number} of {len(shards)})")
-    total = sum(counts.values()) * width
+    for number, names in enumerate(files, 1):
+        file = weights_file(number, len(files))
+        write_weights(folder / file, weights, names, dtype, progress)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(size for _, size in sizes)
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return sum(counts.values()), total
-
-
-def _converted(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    tensor = weights.read(name, kind="master").to(dtype).contiguous()
-    if not tensor.isfinite().all():
-        raise UserError(
-            f"{weights.folder}: {name} holds numbers that are not finite in {dtype}; "
-            "choose another checkpoint or --dtype"
-        )
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
 def _write_texts(folder: Path, checkpoint: Path, state: RunState, dtype: str, parameters: int) -> None:
@@ -185,8 +188,9 @@ def _write_texts(folder: Path, checkpoint: Path, state: RunState, dtype: str, pa
     sequence = {key: recipe["tokens"][key] for key in ("text_slots", "grid", "text_vocab_size", "image_vocab_size")}
     config = {
         "format_version": EXPORT_FORMAT_VERSION,
+        **config_keys(sequence),
         "name": recipe["name"],
-        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "dtype": dtype_name(DTYPES[dtype]),
         "model": ModelConfig(**recipe["model"]).model_dump(mode="json"),
         "sequence": sequence,
         "text_tokenizer": {"file": TEXT_MODEL_FILE, "hash": state.tokenizers["text"]},
@@ -200,26 +204,40 @@ def _write_texts(folder: Path, checkpoint: Path, state: RunState, dtype: str, pa
         },
     }
     samples = SamplesConfig(**recipe["samples"])
-    generation = dict(guidance=samples.guidance, temperature=samples.temperature, top_k=samples.top_k, top_p=1.0)
+    sampling = SamplingConfig(guidance=samples.guidance, temperature=samples.temperature, top_k=samples.top_k)
     _write_json(folder / CONFIG_FILE, config)
-    _write_json(folder / GENERATION_FILE, {"format_version": EXPORT_FORMAT_VERSION, **generation})
+    _write_json(folder / GENERATION_FILE, generation_settings(sampling))
     (folder / "README.md").write_text(model_card(checkpoint, state, dtype, parameters), encoding="utf-8")
 
 
-def _verified(folder: Path, checkpoint: Path, dtype: str) -> float:
+def _verified(folder: Path, checkpoint: Path, dtype: torch.dtype, progress: Progress) -> float:
     """Largest difference between the checkpoint's stored logits and those of the exported model, in the same dtype."""
     stored = load_probes(checkpoint)
-    bundle = load_model(folder, dtype=getattr(torch, stored.dtype))
-    found = compute_probes(bundle.model, stored.inputs)
-    difference = largest_difference(stored, found)
-    exported = str(DTYPES[dtype]).removeprefix("torch.")
-    allowed = max(TOLERANCE[stored.dtype], TOLERANCE[exported]) * largest_logit(stored)
+    computed_in = DTYPE_OF_NAME[stored.dtype]
+    model = empty_model(folder, read_description(folder)).to(computed_in)
+    load_when_used(model, FolderWeights(folder), computed_in, progress)
+    difference = largest_difference(stored, compute_probes(model, stored.inputs, device="cpu"))
+    allowed = max(TOLERANCE[stored.dtype], TOLERANCE[dtype_name(dtype)]) * largest_logit(stored)
     if not difference <= allowed:
         raise UserError(
             f"the exported model gives other logits than the trainer stored in {checkpoint}: largest difference "
             f"{difference:.3g}, allowed {allowed:.3g}. The export was not kept; the checkpoint may be damaged"
         )
     return difference
+
+
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{folder.parent}: the weights need {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; make room, choose "
+            "another place, or a smaller --dtype"
+        )
+
+
+def _bar(what: str, size: int, shown: bool) -> tqdm:
+    # None: shown on a terminal, not in a log.
+    return tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=None if shown else True)
 
 
 def _publish(partial: Path, out: Path) -> None:

@@ -12,6 +12,7 @@ from vilg.checkpoint.tensors import save_safetensors
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
 from vilg.parallel.ops import gather_last
+from vilg.parallel.precision import dtype_name
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec, collate, image_to_text, text_to_image
 
 PROBE_FILE = "probes.safetensors"
@@ -44,24 +45,24 @@ def probe_batch(spec: SequenceSpec) -> SequenceBatch:
 
 
 @torch.no_grad()
-def compute_probes(model: Vilg, inputs: SequenceBatch | None = None) -> Probes:
-    """Run the probe batch (or stored inputs) through a model as it stands; every tensor rank must call it."""
+def compute_probes(
+    model: Vilg, inputs: SequenceBatch | None = None, *, device: torch.device | str | None = None
+) -> Probes:
+    """Run the probe batch (or stored inputs) through a model as it stands; every tensor rank must call it.
+
+    device: of the inputs; by default that of the weights.
+    """
     inputs = inputs or probe_batch(model.spec)
     first = next(model.parameters())
     training = model.training
     model.eval()
-    text, image = model(*inputs.to(first.device).inputs())
+    text, image = model(*inputs.to(device or first.device).inputs())
     model.train(training)
     group = model.grid.tensor_group
     text, image = (gather_last(logits, group).float().cpu() for logits in (text, image))
     # Padding slots mean nothing; zero, so that nobody compares them.
     seen = torch.arange(text.shape[1]) < inputs.text_len[:, None]
     return Probes(inputs, text.masked_fill(~seen[..., None], 0.0), image, dtype_name(first.dtype))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32`, as `torch.float32` is called in files."""
-    return str(dtype).removeprefix("torch.")
 
 
 def save_probes(probes: Probes, path: Path) -> str:

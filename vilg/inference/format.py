@@ -1,8 +1,54 @@
-"""Names and version of the export folder: `checkpoint/export.py` writes it, `inference/load.py` reads it."""
+"""Names, version and settings of the export folder: `checkpoint/export.py` writes it, `inference` reads it."""
 
-EXPORT_FORMAT_VERSION = 1
+from typing import Any
+
+from vilg.errors import UserError
+from vilg.inference.sampling import SamplingConfig
+from vilg.tokens.sequence import BEGIN_OF_TEXT, END_OF_TEXT, PAD, UNKNOWN
+
+EXPORT_FORMAT_VERSION = 2
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 TEXT_MODEL_FILE = "text.model"
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+
+# What `transformers` generates by, beside the sampling: a text may hold none of the ids that belong to the layout.
+_FIXED = {
+    "bos_token_id": BEGIN_OF_TEXT,
+    "eos_token_id": END_OF_TEXT,
+    "pad_token_id": PAD,
+    "suppress_tokens": [UNKNOWN, BEGIN_OF_TEXT, PAD],
+}
+
+
+def weights_file(number: int, count: int) -> str:
+    """Name of the weights file `number` (from 1) of `count`, as Hugging Face calls it."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def generation_settings(sampling: SamplingConfig) -> dict[str, Any]:
+    """How pictures are drawn, in the words of `transformers`, which says greedy with a flag of its own."""
+    drawn = sampling.temperature > 0
+    return {
+        "format_version": EXPORT_FORMAT_VERSION,
+        "do_sample": drawn,
+        "temperature": sampling.temperature if drawn else 1.0,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "guidance_scale": sampling.guidance,
+        **_FIXED,
+    }
+
+
+def sampling_of(settings: dict[str, Any]) -> SamplingConfig:
+    """Back from `generation_settings`. Raises KeyError for a missing key, UserError for an unknown one or a value."""
+    known = generation_settings(SamplingConfig())
+    if unknown := sorted(set(settings) - set(known)):
+        raise UserError(f"{', '.join(unknown)}: unknown; the keys are {', '.join(known)}")
+    return SamplingConfig(
+        guidance=settings["guidance_scale"],
+        temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+        top_k=settings["top_k"],
+        top_p=settings["top_p"],
+    )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vilg.config.schema import ModelConfig
@@ -22,17 +20,17 @@ from vilg.inference.format import (
     EXPORT_FORMAT_VERSION,
     GENERATION_FILE,
     IMAGE_TOKENIZER_FOLDER,
-    INDEX_FILE,
     TEXT_MODEL_FILE,
+    sampling_of,
 )
 from vilg.inference.sampling import SamplingConfig
+from vilg.inference.weights import FolderWeights
 from vilg.model.vilg import Vilg
+from vilg.parallel.precision import DTYPE_OF_NAME
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.tokens.vqgan.images import to_float, to_uint8
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,30 @@ class Bundle:
         return torch.cat([self.image.encode(part.to(self.device)).flatten(1) for part in pixels.split(batch)])
 
 
+@dataclass(frozen=True)
+class Description:
+    """What config.json says: sizes, stored dtype, and the hashes of both tokenizers ("text", "image")."""
+
+    name: str
+    shape: ModelConfig
+    spec: SequenceSpec
+    dtype: torch.dtype
+    tokenizers: dict[str, str]
+
+
+def read_description(folder: Path) -> Description:
+    """Read config.json of an export folder. Raises UserError naming what is missing or of another version."""
+    config = _read_versioned(folder / CONFIG_FILE)
+    with _described_by(folder / CONFIG_FILE):
+        return Description(
+            name=config["name"],
+            shape=ModelConfig(**config["model"]),
+            spec=SequenceSpec(**config["sequence"]),
+            dtype=DTYPE_OF_NAME[config["dtype"]],
+            tokenizers={kind: str(config[f"{kind}_tokenizer"]["hash"]) for kind in ("text", "image")},
+        )
+
+
 def load_model(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Bundle:
     """Open an export folder.
 
@@ -90,37 +112,39 @@ def load_model(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | 
     only. Raises UserError naming the file that is missing, of another format version, or does not fit.
     """
     folder = Path(folder)
-    config = _read_versioned(folder / CONFIG_FILE)
-    with _described_by(folder / CONFIG_FILE):
-        spec = SequenceSpec(**config["sequence"])
-        shape = ModelConfig(**config["model"])
-        name, stored_dtype = config["name"], _DTYPES[config["dtype"]]
-        expected = {
-            TEXT_MODEL_FILE: config["text_tokenizer"]["hash"],
-            IMAGE_TOKENIZER_FOLDER: config["image_tokenizer"]["hash"],
-        }
+    description = read_description(folder)
     generation = _read_versioned(folder / GENERATION_FILE)
     with _described_by(folder / GENERATION_FILE):
-        sampling = SamplingConfig(**{key: value for key, value in generation.items() if key != "format_version"})
+        sampling = sampling_of(generation)
     text = TextTokenizer.load(folder / TEXT_MODEL_FILE)
     image = ImageTokenizer.load(folder / IMAGE_TOKENIZER_FOLDER, device=device)
-    for what, found in ((TEXT_MODEL_FILE, text.hash), (IMAGE_TOKENIZER_FOLDER, image.hash)):
-        if found != expected[what]:
-            named = str(expected[what])[:12]
-            raise UserError(f"{folder / what}: hash {found[:12]}, but {CONFIG_FILE} names {named}; export again")
+    found = {"text": (TEXT_MODEL_FILE, text.hash), "image": (IMAGE_TOKENIZER_FOLDER, image.hash)}
+    for kind, (file, now) in found.items():
+        if now != description.tokenizers[kind]:
+            named = description.tokenizers[kind][:12]
+            raise UserError(f"{folder / file}: hash {now[:12]}, but {CONFIG_FILE} names {named}; export again")
     if dtype is None:
-        dtype = torch.float32 if device == "cpu" else stored_dtype
+        dtype = torch.float32 if device == "cpu" else description.dtype
+    model = empty_model(folder, description)
+    weights = FolderWeights(folder)
+    model.load_state_dict({name: weights.read(name).to(device, dtype) for name in weights.index}, assign=True)
+    return Bundle(description.name, model.eval().requires_grad_(False), description.spec, text, image.eval(), sampling)
+
+
+def empty_model(folder: Path, description: Description) -> Vilg:
+    """The model that config.json describes, without memory (meta device). Raises UserError, with the first difference,
+    unless the weights beside it have its names and shapes."""
     with torch.device("meta"):
-        model = Vilg(shape, spec)
-    weights = _read_weights(folder, dtype, device)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # names or shapes; torch lists them all
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(
-            f"{folder}: the weights do not fit the model of {CONFIG_FILE} ({first[0].strip()}); export again"
-        ) from None
-    return Bundle(name, model.eval().requires_grad_(False), spec, text, image.eval(), sampling)
+        model = Vilg(description.shape, description.spec)
+    found = FolderWeights(folder).shapes
+    needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(set(needed) | set(found)):
+        if found.get(name) != needed.get(name):
+            raise UserError(
+                f"{folder}: the weights do not fit the model of {CONFIG_FILE} ({name}: {found.get(name, 'missing')}, "
+                f"needed {needed.get(name, 'nothing of this name')}); export again"
+            )
+    return model
 
 
 @contextmanager
@@ -152,34 +176,3 @@ def _read_versioned(path: Path) -> dict[str, Any]:
             "Export the checkpoint again with this version"
         )
     return found
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, as Hugging Face's index files hold it. Raises UserError."""
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(isinstance(file, str) and file == os.path.basename(file) for file in names.values())
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; expected an export folder made by `vilg export`") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is no index of weights ({error}); export the checkpoint again") from None
-    if not plain:
-        raise UserError(f"{path}: names a file outside its folder; only plain file names are read")
-    return names
-
-
-def _read_weights(folder: Path, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    index = _read_index(folder / INDEX_FILE)
-    weights: dict[str, Tensor] = {}
-    for name in sorted(set(index.values())):
-        path = folder / name
-        try:
-            shard = load_file(path, device=device)
-        except FileNotFoundError:
-            raise UserError(f"{path}: shard named by {INDEX_FILE} is missing; copy it, or export again") from None
-        except Exception as error:  # safetensors raises its own type for truncated or foreign files
-            raise UserError(f"{path}: not a readable safetensors file ({error}); copy it again") from None
-        weights.update({key: value.to(dtype) for key, value in shard.items()})
-    if missing := sorted(set(index) - set(weights)):
-        raise UserError(f"{folder}: {len(missing)} tensors named by {INDEX_FILE} are in no shard, first {missing[0]}")
-    return weights

@@ -105,6 +105,10 @@ class TextTokenizer:
         """The characters a token stands for, with SentencePiece's sign for a space."""
         return self._processor.id_to_piece(token)
 
+    def scored_pieces(self) -> list[tuple[str, float]]:
+        """Every piece with its log-probability, by id."""
+        return [(self.piece(i), self._processor.get_score(i)) for i in range(self.vocab_size)]
+
     def is_byte(self, token: int) -> bool:
         """Whether a token stands for a single UTF-8 byte."""
         return bool(self._is_byte[token])

@@ -12,13 +12,13 @@ from torch import Tensor
 from vilg.checkpoint.state import RunState
 from vilg.errors import UserError
 from vilg.parallel import layout
+from vilg.parallel.precision import DTYPES
 
 # master: fp32 weights that the optimizer updates. weight: those the run computes with, in its precision.
 # exp_avg, exp_avg_sq: Adam's moments, fp32 (zero before the first optimizer step).
 Kind = Literal["master", "weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Weights(ABC):
