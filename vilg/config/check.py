@@ -121,6 +121,42 @@ def _stages(r: Any, known: Surroundings) -> Iterator[Problem]:
         )
 
 
+def _sequence(r: Any, known: Surroundings) -> Iterator[Problem]:
+    if not r.parallel.sequence:
+        return
+    tensor, (rows, columns) = r.parallel.tensor, r.tokens.grid
+    if tensor == 1:
+        yield Problem(
+            "parallel.sequence",
+            "parallel.sequence=true splits the slots over tensor ranks, but parallel.tensor=1; use false, or "
+            "parallel.tensor of 2 or more",
+        )
+    slots = r.tokens.text_slots + rows * columns
+    if slots % tensor:
+        yield Problem(
+            "parallel.sequence",
+            f"parallel.sequence=true: {slots} slots (tokens.text_slots={r.tokens.text_slots} + {rows} x {columns} image "
+            f"slots) are not divisible by parallel.tensor={tensor}; use tokens.text_slots="
+            f"{r.tokens.text_slots + _rounded_up(slots, tensor) - slots}, or false",
+        )
+
+
+def _recompute(r: Any, known: Surroundings) -> Iterator[Problem]:
+    every, layers = r.parallel.recompute_every, r.model.num_layers
+    if every > 1 and r.parallel.recompute != "full":
+        yield Problem(
+            "parallel.recompute_every",
+            f"parallel.recompute_every={every} counts whole layers, but parallel.recompute={r.parallel.recompute}; "
+            "use 1, or parallel.recompute=full",
+        )
+    if every > layers:
+        yield Problem(
+            "parallel.recompute_every",
+            f"parallel.recompute_every={every}, but model.num_layers={layers}, so none would be recomputed; "
+            f"use 1 to {layers}, or parallel.recompute=none",
+        )
+
+
 def _zero(r: Any, known: Surroundings) -> Iterator[Problem]:
     stage = known.zero_stage
     if r.parallel.engine == "torch" or stage is None:
@@ -267,6 +303,8 @@ RULES: tuple[Rule, ...] = (
     _conv_size,
     _engine,
     _stages,
+    _sequence,
+    _recompute,
     _zero,
     _processes,
     _batch,

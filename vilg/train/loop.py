@@ -1,27 +1,40 @@
 """The training loop, and the command `vilg train`."""
 
+import os
+import time
 from collections.abc import Sequence
 
 import torch
 
 from vilg.config.schema import Recipe
+from vilg.errors import UserError
 from vilg.parallel.ranks import Ranks, SharedError
-from vilg.train.distributed import distributed
+from vilg.train.distributed import distributed, process_environment
 from vilg.train.guards import StopSignals
 from vilg.train.open import open_run, read_arguments
 from vilg.train.step import count, plan_step
 
 USER_MISTAKE = 2
+# Seconds that rank 0 has to print what all ranks have found wrong; its launcher then ends the others. One that is still
+# there afterwards prints too: its node may see other files.
+_MAIN_FIRST = 15.0
 
 
 def main(argv: Sequence[str]) -> int:
     """`vilg train RECIPE [--section.key=value ...] [--accept=KEY,KEY]`: start the recipe's run or continue it. Exit code 0 also for a stop
     by signal: the run is saved, and `DONE` in its folder says whether it is finished."""
+    place = process_environment(os.environ)
+    rank, world_size = int(place["RANK"]), int(place["WORLD_SIZE"])
+    try:
+        recipe, accept = read_arguments(argv, world_size=world_size)  # a mistake shows before ranks wait for each other
+    except UserError:
+        if rank > 0:
+            time.sleep(_MAIN_FIRST)
+        raise
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with distributed(device) as ranks:
         try:
-            recipe, accept = read_arguments(argv, ranks)
-            train(recipe, ranks, device, accept=accept)
+            train(ranks.on_main(lambda: recipe), ranks, device, accept=accept)
         except SharedError:
             if ranks.is_main:
                 raise

@@ -32,9 +32,9 @@ from vilg.train.rundir import DONE_FILE, LOGS, RunLock, open_run_dir, write_reci
 from vilg.train.samples import Sampler
 
 
-def read_arguments(argv: Sequence[str], ranks: Ranks) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe of a command line, read and checked on one rank for all, and the keys it accepts to have changed since
-    the checkpoint. Raises SharedError."""
+def read_arguments(argv: Sequence[str], *, world_size: int) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe of a command line, checked for so many processes, and the keys it accepts to have changed since the
+    checkpoint. Raises UserError listing all problems."""
     overrides, rest = take_overrides(argv)
     parser = argparse.ArgumentParser(
         prog="vilg train",
@@ -50,13 +50,9 @@ def read_arguments(argv: Sequence[str], ranks: Ranks) -> tuple[Recipe, tuple[str
     )
     options = parser.parse_args(rest)
     accept = tuple(filter(None, options.accept.split(",")))
-
-    def read() -> Recipe:
-        recipe = load_recipe(options.recipe, overrides, world_size=ranks.world_size)
-        check_accept(accept, recipe)
-        return recipe
-
-    return ranks.on_main(read), accept
+    recipe = load_recipe(options.recipe, overrides, world_size=world_size)
+    check_accept(accept, recipe)
+    return recipe, accept
 
 
 def sequence_spec(recipe: Recipe) -> SequenceSpec:
