@@ -11,7 +11,7 @@ Only `hidden` is floating, so only its gradient is sent back. Importing this mod
 else does. DeepSpeed runs it with ZeRO 0 or 1 only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,25 +88,27 @@ class PipeHeads(Heads):
 class PipeLoss:
     """Loss of one micro-batch on the last stage: scales[0] * text sum + scales[1] * image sum, times `factor`.
 
-    factor: micro-batches * data size, which undoes DeepSpeed's averaging over both; `train_batch` then returns, and
-    gradients are those of, the sum over the global batch. `sums` adds up both directions' cross entropy, fp64 [2] on
-    this rank, until `take_sums`.
+    factor: micro-batches * data size, which undoes DeepSpeed's averaging over both; gradients are then those of the sum
+    over the global batch. `sums` adds up both directions' cross entropy, fp64 [2] on this rank, since `begin`; it stays
+    zero on all stages but the last.
     """
 
     def __init__(self, *, group: Group, factor: int):
         self.group, self.factor = group, factor
+        self.begin(0, finish=None)
+
+    def begin(self, micro_batches: int, *, finish: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        """A new step of so many micro-batches. finish(loss, sums): what the last one's loss becomes."""
+        self.left, self.finish = micro_batches, finish
         self.sums = torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, logits: Tensors, labels: Tensors) -> Tensor:
         text_target, image_target, scales = labels
         sums = torch.stack(direction_losses(*logits, text_target, image_target, group=self.group))
         self.sums = self.sums.to(sums.device) + sums.detach()
-        return nan_unless_finite((sums * scales).sum()) * self.factor
-
-    def take_sums(self) -> Tensor:
-        """Sums since the last call; zero on all stages but the last."""
-        sums, self.sums = self.sums, torch.zeros_like(self.sums)
-        return sums
+        self.left -= 1
+        loss = nan_unless_finite((sums * scales).sum())
+        return (self.finish(loss, self.sums) if self.left == 0 else loss) * self.factor
 
 
 class VilgPipe(PipelineModule):

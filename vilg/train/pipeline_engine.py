@@ -5,6 +5,7 @@ the first stage reads inputs from them, and only the last one targets.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 from vilg.train import optim
 from vilg.train.deepspeed_engine import DeepSpeedEngine, import_deepspeed, silent
-from vilg.train.step import StepPlan, StepResult, dropout_seeds, step_result
+from vilg.train.step import StepPlan, StepResult, dropout_seeds, spoil_spike, step_result
 
 
 def build_stage(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.device) -> nn.Module:
@@ -35,9 +36,12 @@ class PipelineEngine(DeepSpeedEngine):
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         optim.set_learning_rate(self.engine.optimizer, plan.lr)
-        self.engine.train_batch(data_iter=self._micro_batches(batches, plan))
+        loss = self.model.loss_fn
+        loss.begin(len(batches), finish=partial(spoil_spike, plan=plan, grid=self.grid))
+        with silent():  # it prints its first step
+            self.engine.train_batch(data_iter=self._micro_batches(batches, plan))
         norm, skipped = self._plain_step() if self.stage == 0 else self._zero_outcome()
-        sums = self.model.loss_fn.take_sums().to(self.device)  # zero on all stages but the last
+        sums = loss.sums.to(self.device)
         dist.all_reduce(sums, group=self.grid.pipeline_group)
         if self.grid.data_group is not None:
             dist.all_reduce(sums, group=self.grid.data_group)
