@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint
+from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint, verify_files
 from vilg.checkpoint.probes import PROBE_FILE
 from vilg.checkpoint.reader import open_weights
 from vilg.checkpoint.state import STATE_FILE, RunState, read_state
@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
         prog="vilg inspect", description="What a run or a checkpoint holds; checks that it is whole."
     )
     parser.add_argument("path", type=Path, help="a run folder, or one checkpoints/step_*")
-    parser.add_argument("--parameters", action="store_true", help="list every parameter with its shape")
+    parser.add_argument("--parameters", action="store_true", help="list every parameter: shape, bytes, how it is split")
+    parser.add_argument("--verify", action="store_true", help="read every byte and compare the checksums")
     parser.add_argument("--json", action="store_true", help="print one JSON object for machines")
     options = parser.parse_args(argv)
     if not options.path.is_dir():
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     is_run = not (options.path / STATE_FILE).is_file()
     report = _run_report(options.path) if is_run else {}
     try:
-        report |= _checkpoint_report(find_checkpoint(options.path))
+        report |= _checkpoint_report(find_checkpoint(options.path), verify=options.verify)
     except UserError as error:
         report |= {"whole": False, "problem": str(error)}
     if options.json:
@@ -58,14 +59,17 @@ def _run_report(run: Path) -> dict:
     }
 
 
-def _checkpoint_report(checkpoint: Path) -> dict:
+def _checkpoint_report(checkpoint: Path, *, verify: bool) -> dict:
     weights = open_weights(checkpoint)
     state: RunState = weights.state
-    shapes = dict(weights.sizes())
+    weights.read(weights.names[0], kind="master")  # the files are what their names say
+    if verify:
+        verify_files(checkpoint, state, rank=0, world_size=1)
     probes = checkpoint / PROBE_FILE
     return {
         "checkpoint": str(checkpoint),
         "whole": True,
+        "verified": verify,
         "step": state.step,
         "of_steps": state.recipe["schedule"]["steps"],
         "samples": state.samples,
@@ -75,10 +79,14 @@ def _checkpoint_report(checkpoint: Path) -> dict:
         "recipe_hash": state.recipe_hash,
         "tokenizers": state.tokenizers,
         "versions": state.versions,
+        "commit": state.commit,
+        "optimizer_steps": weights.optimizer_steps,
         "probes_sha256": hashlib.sha256(probes.read_bytes()).hexdigest() if probes.exists() else None,
-        "num_parameters": sum(math.prod(shape) for shape in shapes.values()),
-        "parameters": {name: list(shape) for name, shape in shapes.items()},
+        "num_parameters": sum(math.prod(shape) for _, shape in weights.sizes()),
+        "bytes_per_number": weights.dtype.itemsize,
+        "parameters": {name: state.parameters[name] for name in weights.names},
         "files": state.files,
+        "checksums": state.checksums,
     }
 
 
@@ -92,21 +100,29 @@ def _lines(report: dict, parameters: bool) -> list[str]:
     if not report["whole"]:
         return [*lines, f"not whole: {report['problem']}"]
     lines += [
-        f"checkpoint {report['checkpoint']}: whole",
+        f"checkpoint {report['checkpoint']}: whole ({'every byte checked' if report['verified'] else 'names and sizes'})",
         f"  step {report['step']} of {report['of_steps']}, {report['samples']:,} pairs, {report['tokens']:,} tokens, "
         f"{report['skipped']['total']} steps skipped",
         "  layout: " + ", ".join(f"{key}={value}" for key, value in report["layout"].items()),
-        "  versions: " + ", ".join(f"{key} {value}" for key, value in report["versions"].items()),
+        "  versions: " + ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+        + f", commit {report['commit'][:12] or 'unknown'}",
         f"  recipe {report['recipe_hash'][:12]}, text tokenizer {report['tokenizers']['text'][:12]}, "
         f"image tokenizer {report['tokenizers']['image'][:12]}, probes {str(report['probes_sha256'])[:12]}",
         f"  {report['num_parameters']:,} parameters in {len(report['parameters'])} tensors",
     ]
     if parameters:
-        width = max(map(len, report["parameters"]))
-        lines += [
-            f"    {name:<{width}}  {'x'.join(map(str, shape)):>14}  {math.prod(shape) * 4 / 1e6:10.3f} MB in fp32"
-            for name, shape in report["parameters"].items()
-        ]
+        lines += _table(report["parameters"], report["bytes_per_number"])
     size = sum(report["files"].values())
     lines.append(f"  {len(report['files'])} files, {size / 1e6:.1f} MB")
     return lines + [f"    {name}  {count / 1e6:.2f} MB" for name, count in report["files"].items()]
+
+
+def _table(parameters: dict[str, dict], width: int) -> list[str]:
+    """A line per parameter. width: bytes of a number in the precision that the run computes with."""
+    longest = max(map(len, parameters))
+    lines = [f"    {'parameter':<{longest}}  {'shape':>14}  {'bytes':>14}  split over tensor ranks, pipeline stage"]
+    for name, entry in parameters.items():
+        shape, size = "x".join(map(str, entry["shape"])), math.prod(entry["shape"]) * width
+        split = "whole on each" if entry["split"] is None else f"along dimension {entry['split']}"
+        lines.append(f"    {name:<{longest}}  {shape:>14}  {size:>14,}  {split}, stage {entry['stage']}")
+    return lines

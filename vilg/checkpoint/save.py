@@ -52,6 +52,11 @@ class Saver:
         self.run_dir, self.ranks, self.keep_last, self.keep_every = run_dir, ranks, keep_last, keep_every
         self._job: _Job | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._job is not None
+
     def begin(self, state: RunState, files: Files) -> None:
         """Start writing this rank's files; they must not change any more. An earlier save is finished first.
 

@@ -81,11 +81,12 @@ class DeepSpeedEngine:
         return step_result(sums, plan, grad_norm=norm, skipped=skipped)
 
     def files(self, *, copy: bool) -> Files:
-        self.tensor_files.begin(copy=copy)
+        self.tensor_files.copy = copy
         # DeepSpeed makes the folder that it believes it writes to, and leaves scripts there that unpickle.
         with tempfile.TemporaryDirectory() as unused, silent():
             self.engine.save_checkpoint(unused, tag="checkpoint", save_latest=False)
-        return {name: partial(save_tensors, state) for name, state in self.tensor_files.taken.items()}
+        taken, self.tensor_files.taken = self.tensor_files.taken, {}  # the copies live no longer than their writing
+        return {name: partial(save_tensors, state) for name, state in taken.items()}
 
     def load(self, folder: Path) -> None:
         with silent():
@@ -190,11 +191,11 @@ def _checkpoint_engine():
     assert {f"{c.__module__}.{c.__qualname__}" for c in classes} == set(DEEPSPEED_CLASSES)
 
     class TensorFiles(TorchCheckpointEngine):
-        def begin(self, *, copy: bool) -> None:
-            self.copy, self.taken = copy, {}
+        copy = False
+        taken: dict[str, Any] = {}
 
         def save(self, state_dict: Any, path: str) -> None:
-            self.taken[Path(path).name] = host_copy(state_dict) if self.copy else state_dict
+            self.taken = {**self.taken, Path(path).name: host_copy(state_dict) if self.copy else state_dict}
 
         def load(self, path: str, map_location: Any = None) -> Any:
             return load_tensors(path, map_location=map_location, classes=classes)
