@@ -30,7 +30,7 @@ class RunState:
     """Everything of a checkpoint but the tensors.
 
     step: optimizer steps done. samples: pairs, tokens: filled slots, both over the whole run and all ranks. loader: its
-    state as a dictionary. skipped: steps left out for non-finite numbers, in a row at the end and in total. layout:
+    state as a dictionary. skipped: what the guards counted and keep (`train.guards.StepGuards.to_dict`). layout:
     engine, precision, ZeRO stage and sizes of the axes that wrote the files. recipe: resolved. tokenizers: hashes.
     parameters: the table of `parameter_table`. commit: of the program's source, empty where that is not known. files:
     name -> bytes, checksums: name -> CRC-32 in hex, of every file beside this one.
@@ -40,7 +40,7 @@ class RunState:
     samples: int
     tokens: int
     loader: dict[str, Any]
-    skipped: dict[str, int]
+    skipped: dict[str, Any]
     layout: dict[str, Any]
     recipe: dict[str, Any]
     tokenizers: dict[str, str]

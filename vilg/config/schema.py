@@ -165,8 +165,8 @@ class GuardsConfig(Section):
     recompute_every: int = Field(
         0,
         ge=0,
-        description="Steps between checks for silent data corruption: one micro-batch's loss is computed twice and must "
-        "have the same bits (two forward passes); 0: none.",
+        description="Steps between checks for silent data corruption: one micro-batch's logits are computed twice and "
+        "must have the same bits (two forward passes); 0: none.",
     )
 
 

@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from vilg.checkpoint.reader import Weights
+from vilg.checkpoint.load import layout_note
+from vilg.checkpoint.reader import Weights, open_weights
 from vilg.checkpoint.reader.torch_files import MODEL_FILE, OPTIMIZER_FILE
 from vilg.checkpoint.save import Files
+from vilg.checkpoint.state import RunState
 from vilg.checkpoint.tensors import host_copy, save_safetensors
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
@@ -51,6 +53,16 @@ class Engine(Protocol):
     def load_state(self, weights: Weights) -> None:
         """Continue from files of any layout: every rank reads its part of weights and moments. Raises UserError."""
         ...
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path, state: RunState) -> str:
+    """Weights and moments of a checkpoint of any layout; a note for people if the layout is another. Raises UserError."""
+    note = layout_note(state.layout, engine.layout)
+    if note:
+        engine.load_state(open_weights(checkpoint, state))
+    else:
+        engine.load(checkpoint)
+    return note
 
 
 def build_model(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.device) -> nn.Module:

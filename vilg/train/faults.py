@@ -13,7 +13,7 @@ is not set.
 import os
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,13 +61,15 @@ class FaultPlan:
     def __init__(self, faults: list[Fault], model: nn.Module, *, rank: int) -> None:
         self.faults, self.model, self.armed = [fault for fault in faults if fault.rank == rank], model, None
 
-    def before_step(self, step: int) -> None:
-        """Called before each step; the step's fault happens now, or in its forward passes."""
+    def before_step(self, step: int) -> Iterator[Fault]:
+        """Called before each step, and run to its end; each fault of the step happens after it was yielded: at once, or
+        in the step's forward passes."""
         if self.armed is not None:
             self.armed.remove()
             self.armed = None
         for fault in [fault for fault in self.faults if fault.step == step]:
             self.faults.remove(fault)  # a run that goes back and comes past this step again is spared
+            yield fault
             if fault.kind in _SIGNALS:
                 os.kill(os.getpid(), _SIGNALS[fault.kind])
             else:
@@ -77,7 +79,7 @@ class FaultPlan:
                 )
 
 
-def _spoiled(outputs: object, spoil) -> object:
+def _spoiled(outputs: object, spoil: Callable[[Tensor], Tensor]) -> object:
     if isinstance(outputs, Tensor):
         return spoil(outputs) if outputs.is_floating_point() and outputs.requires_grad else outputs
     return tuple(_spoiled(x, spoil) for x in outputs)

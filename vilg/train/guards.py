@@ -1,12 +1,16 @@
-"""How a run protects itself: non-finite steps are bounded, and a signal ends it after a whole step and a checkpoint."""
+"""How a run judges its steps (non-finite ones and spikes are left out, and bounded), and the signals that end it."""
 
+import math
 import signal
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import FrameType
+from typing import Any
 
 from vilg.config.schema import GuardsConfig
-from vilg.parallel.ranks import SharedError
-from vilg.train.step import StepResult
+from vilg.parallel.ranks import Ranks, SharedError
+from vilg.train.log import RunLog
+from vilg.train.spikes import SpikeGuard
+from vilg.train.step import StepPlan, StepResult
 
 
 @dataclass
@@ -34,6 +38,67 @@ class NonFiniteGuard:
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
+
+
+@dataclass
+class StepGuards:
+    """Both judges of a step. going_back: the last step was a spike and the recipe wants the run to go back for it."""
+
+    config: GuardsConfig
+    ranks: Ranks
+    nonfinite: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    spikes: SpikeGuard = field(default_factory=SpikeGuard)
+    going_back: bool = False
+
+    @property
+    def loss_limit(self) -> float:
+        """For the next step's plan: above it the step is left out; infinite unless spikes are."""
+        return self.spikes.limit(self.config) if self.config.spike_action in ("skip", "rollback") else math.inf
+
+    def judge(self, plan: StepPlan, result: StepResult, log: RunLog) -> float | None:
+        """Count and report what was wrong with a step; its loss if it is known to the host and finite. All ranks call it.
+
+        Raises SharedError, on all ranks, when too much was wrong in a row.
+        """
+        self.going_back = False
+        if self.config.spike_action == "off" and not result.skipped:
+            self.nonfinite.check(plan.step, result, self.config)
+            return None  # the loss stays on the device
+        loss, limit = float(result.loss), self.spikes.limit(self.config)
+        # That a step was left out is agreed on. Why is asked only then: a loss may differ in its last bit between ranks.
+        above = math.isfinite(loss) and loss > plan.loss_limit
+        if result.skipped and self.ranks.sum(above)[0]:
+            self._answer_spike(plan, loss, log)
+        elif warning := self.nonfinite.check(plan.step, result, self.config):
+            log.event("nonfinite", plan.step, warning, warn=True)
+        elif not result.skipped:
+            if loss > limit:
+                text = f"step {plan.step}: loss spike, {loss:.3f} where {limit:.3f} is the limit"
+                log.event("spike", plan.step, text, warn=True, loss=loss, limit=limit, action="log")
+            elif self.config.spike_action == "skip":
+                self.spikes.in_a_row = 0
+        if math.isfinite(loss):
+            self.spikes.add(loss, self.config)
+            return loss
+        return None
+
+    def _answer_spike(self, plan: StepPlan, loss: float, log: RunLog) -> None:
+        action = self.config.spike_action
+        self.going_back = action == "rollback"
+        what = "going back to the last checkpoint" if self.going_back else "step skipped"
+        text = f"step {plan.step}: loss spike, {loss:.3f} where {plan.loss_limit:.3f} is the limit; {what}"
+        log.event("spike", plan.step, text, warn=True, loss=loss, limit=plan.loss_limit, action=action)
+        if not self.going_back:
+            self.spikes.count(plan.step, loss, self.config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {**self.nonfinite.to_dict(), "spikes": self.spikes.to_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As they were when the checkpoint was made. Checkpoints from before there was a spike guard have none."""
+        self.nonfinite = NonFiniteGuard(state["in_a_row"], state["total"])
+        self.spikes = SpikeGuard.from_dict(state["spikes"]) if "spikes" in state else SpikeGuard()
 
 
 class StopSignals:

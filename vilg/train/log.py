@@ -1,4 +1,4 @@
-"""What a run says: console lines, metrics.jsonl and TensorBoard from rank 0; every rank has a log file of its own."""
+"""What a run says: console lines, metrics.jsonl, events.jsonl and sinks from rank 0; every rank has a log of its own."""
 
 import contextlib
 import json
@@ -6,30 +6,36 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+from vilg.errors import UserError
+from vilg.train.events import append_event
 from vilg.train.metrics import Window
+from vilg.train.sinks import Row, Sink
 from vilg.train.step import StepPlan, StepResult
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Open for one start of a run. `resume_step`: metrics of later steps, which will be done again, are removed."""
+    """Open for one start of a run. `resume_step`: metrics of later steps, which will be done again, are removed.
 
-    def __init__(self, folder: Path, *, rank: int, total_steps: int, resume_step: int, tensorboard: bool) -> None:
-        self.rank, self.total_steps = rank, total_steps
+    sinks: where rows and events go as well; one that fails is reported and left out from then on.
+    """
+
+    def __init__(
+        self, folder: Path, *, rank: int, total_steps: int, resume_step: int, sinks: list[Sink] | None = None
+    ) -> None:
+        self.folder, self.rank, self.total_steps = folder, rank, total_steps
         self.own: TextIO = open(folder / f"rank_{rank}.log", "a", encoding="utf-8", buffering=1)
         self.pending: list[tuple[StepPlan, StepResult]] = []
         self.metrics: TextIO | None = None
-        self.board = None
+        self.sinks = list(sinks or []) if rank == 0 else []
         if rank == 0:
-            cut_metrics(folder / METRICS_FILE, resume_step)
-            self.metrics = open(folder / METRICS_FILE, "a", encoding="utf-8")
-            if tensorboard:
-                self.board = _tensorboard(folder / "tensorboard", resume_step)
+            self._open_metrics(resume_step)
 
     def say(self, text: str) -> None:
         """A line for people: on the console from rank 0, in every rank's log file."""
@@ -43,35 +49,68 @@ class RunLog:
         if self.rank == 0:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
+    def alarm(self, text: str) -> None:
+        """On stderr from any rank, and in its log file: it may be the last thing that this rank says."""
+        self.own.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        print(text, file=sys.stderr, flush=True)
+
+    def event(
+        self, kind: str, step: int, text: str, *, warn: bool = False, quiet: bool = False, **details: Any
+    ) -> None:
+        """As `say` (or `warn`; quiet: in no console), and a line of events.jsonl with the time, for monitors."""
+        if quiet:
+            self.own.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        else:
+            (self.warn if warn else self.say)(text)
+        if self.rank == 0:
+            row = append_event(self.folder, kind, step, text, **details)
+            self._each_sink(lambda sink: sink.event(row))
+
     def step(self, plan: StepPlan, result: StepResult) -> None:
         """Keep a step's numbers where they are, on the device, until `flush` reads them."""
         if self.rank == 0:
             self.pending.append((plan, result))
 
-    def flush(self, window: Window | None = None, *, device_word: str = "gpu") -> None:
-        """Write the steps kept; with a window also the console line, from the last step."""
+    def flush(self, window: Window | None = None, *, device_word: str = "gpu", **figures: float) -> None:
+        """Write the steps kept; with a window also the console line, from the last step, and the figures beside it."""
         rows = [_row(plan, result) for plan, result in self.pending]
         self.pending.clear()
         if rows and window:
-            rows[-1] |= {k: v for k, v in asdict(window).items() if v is not None}
+            rows[-1] |= {k: v for k, v in asdict(window).items() if v is not None} | figures
+            rows[-1]["time"] = round(time.time(), 3)
             self.say(console_line(rows[-1], self.total_steps, window, device_word))
         if self.metrics:
             self.metrics.writelines(json.dumps(row) + "\n" for row in rows)
             self.metrics.flush()
-        if self.board:
-            for row in rows:
-                for key, value in row.items():
-                    if key not in ("step", "skipped") and value is not None:
-                        self.board.add_scalar(f"train/{key}", value, row["step"])
+        self._each_sink(lambda sink: sink.rows(rows))
+
+    def rewind(self, step: int) -> None:
+        """The run goes back: steps after this one will be done again, and their rows are removed."""
+        self.flush()
+        if self.metrics:
+            self.metrics.close()
+            self._open_metrics(step)
+        self._each_sink(lambda sink: sink.rewind(step))
 
     def close(self) -> None:
         """Write what is pending and close all files."""
         self.flush()
-        if self.board:
-            self.board.close()
+        self._each_sink(lambda sink: sink.close())
         if self.metrics:
             self.metrics.close()
         self.own.close()
+
+    def _open_metrics(self, last_step: int) -> None:
+        cut_metrics(self.folder / METRICS_FILE, last_step)
+        self.metrics = open(self.folder / METRICS_FILE, "a", encoding="utf-8")
+
+    def _each_sink(self, action: Callable[[Sink], None]) -> None:
+        for sink in list(self.sinks):
+            try:
+                action(sink)
+            except (OSError, UserError) as error:  # a monitor's full disk must not end a run
+                self.sinks.remove(sink)
+                self.warn(f"{type(sink).__name__} gets nothing more in this start: {error}")
 
 
 def console_line(row: dict, total_steps: int, window: Window, device_word: str) -> str:
@@ -123,7 +162,7 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
 
 
-def _row(plan: StepPlan, result: StepResult) -> dict:
+def _row(plan: StepPlan, result: StepResult) -> Row:
     numbers = {key: _finite(getattr(result, key)) for key in ("loss", "text_loss", "image_loss", "grad_norm", "lr")}
     return {"step": plan.step, **numbers, "skipped": result.skipped}
 
@@ -135,9 +174,3 @@ def _finite(value: object) -> float | None:
 
 def _thousands(value: float) -> str:
     return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
-
-
-def _tensorboard(folder: Path, resume_step: int):
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and optional
-
-    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None, flush_secs=30)

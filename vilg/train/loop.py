@@ -12,6 +12,7 @@ from vilg.parallel.ranks import Ranks, SharedError
 from vilg.train.distributed import distributed, process_environment
 from vilg.train.guards import StopSignals
 from vilg.train.open import open_run, read_arguments
+from vilg.train.requests import STOP_FILE
 from vilg.train.step import count, plan_step
 
 USER_MISTAKE = 2
@@ -51,33 +52,35 @@ def train(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequenc
     if run is None:
         return
     replicas = run.grid.world_size // run.grid.data_size  # ranks that read the same data
-    with StopSignals() as stop:
+    with StopSignals() as stop, run.watch.running():
         run.save()  # before the first step: a bad disk or quota shows now
         steps = iter(run.loader)
         while run.steps_left:
             with run.meter.waiting():
                 batches = next(steps)
-            # One exchange per step, on the host: what the loss is divided by, and whether anybody was asked to stop.
-            stops, *counts = ranks.sum(stop.asked is not None, *count(batches))
+            # One exchange per step, on the host: what the loss is divided by, and what anybody was asked for.
+            asked = stop.asked is not None or run.requests.stop(), run.requests.save()
+            stops, saves, *counts = ranks.sum(*asked, *count(batches))
             if stops:
                 break
             text_targets, image_targets, tokens = (n // replicas for n in counts)
-            plan = plan_step(recipe, run.step + 1, text_targets=text_targets, image_targets=image_targets)
+            targets = dict(text_targets=text_targets, image_targets=image_targets)
+            plan = plan_step(recipe, run.step + 1, **targets, loss_limit=run.guards.loss_limit)
+            run.watch.before_step(plan, batches)
             result = run.engine.train_step(batches, plan)
             run.finish_step(plan, result, tokens)
+            if run.guards.going_back:
+                run.roll_back()
+                continue
             run.check_save()
             if run.due(recipe.logging.every_steps):
                 run.log_line()
             if run.due(recipe.samples.every_steps):
                 run.draw_samples()
-            if run.due(recipe.checkpoint.every_steps):
+            if saves or run.due(recipe.checkpoint.every_steps):
                 run.save(background=recipe.checkpoint.asynchronous)
         if run.steps_left:
-            run.log.say(f"{stop.asked or 'signal on another rank'}: stopping after step {run.step}")
+            why = stop.asked or (f"{STOP_FILE} file" if run.requests.stop() else "signal on another rank")
+            run.log.say(f"{why}: stopping after step {run.step}")
         run.save()
-        if not run.steps_left:
-            run.mark_done()
-        outcome = "finished" if not run.steps_left else "saved; the same command continues it"
-        run.log.say(f"{recipe.name}: {outcome} at step {run.step} of {recipe.schedule.steps}")
-        run.log.close()
-        run.lock.release()
+        run.close()

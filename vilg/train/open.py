@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,9 @@ from typing import Any
 
 import torch
 
-from vilg.checkpoint.load import layout_note, verify_files
-from vilg.checkpoint.reader import open_weights
+from vilg.checkpoint.load import verify_files
 from vilg.checkpoint.save import Saver
-from vilg.checkpoint.state import RunState, parameter_table, read_state, versions
+from vilg.checkpoint.state import parameter_table, read_state, versions
 from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.data.loader import Loader, LoaderState, TokenDataset, bad_sample_path
 from vilg.errors import UserError
@@ -23,13 +24,16 @@ from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.train.changes import DATA, check_accept, check_tokenizers, is_accepted
-from vilg.train.engine import build_engine, build_model
-from vilg.train.guards import NonFiniteGuard
+from vilg.train.engine import build_engine, build_model, load_checkpoint
+from vilg.train.guards import StepGuards
 from vilg.train.log import RunLog
 from vilg.train.metrics import Meter, step_flops
+from vilg.train.requests import Requests, refuse_stopped
 from vilg.train.run import Run
 from vilg.train.rundir import DONE_FILE, LOGS, RunLock, open_run_dir, write_recipe
 from vilg.train.samples import Sampler
+from vilg.train.sinks import open_sinks
+from vilg.train.watch import Watch
 
 
 def read_arguments(argv: Sequence[str], *, world_size: int) -> tuple[Recipe, tuple[str, ...]]:
@@ -73,6 +77,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
     image = ranks.together(lambda: ImageTokenizer.load(recipe.tokens.image_model))
     tokenizers = {"text": text.hash, "image": image.hash}
     spec = sequence_spec(recipe)
+    ranks.on_main(lambda: refuse_stopped(recipe.run_dir))
     lock = RunLock(recipe.run_dir)
     checkpoint, notes = ranks.on_main(lambda: open_run_dir(recipe, lock, accept))
     before = ranks.on_main(lambda: read_state(checkpoint) if checkpoint else None)
@@ -90,12 +95,8 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         notes += ranks.on_main(lambda: check_tokenizers(before.tokenizers, tokenizers, checkpoint, accept))
         share = dict(rank=ranks.rank, world_size=ranks.world_size)
         ranks.together(lambda: verify_files(checkpoint, before, **share))
-        note = layout_note(before.layout, engine.layout)
-        if note:
-            notes.append(note)
-            ranks.together(lambda: engine.load_state(open_weights(checkpoint, before)))
-        else:
-            ranks.together(lambda: engine.load(checkpoint))
+        note = ranks.together(lambda: load_checkpoint(engine, checkpoint, before))
+        notes += filter(None, [note])
     position = LoaderState.from_dict(before.loader) if before else None
     loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image_hash=image.hash, accept=accept))
     sampler = None
@@ -106,13 +107,9 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
             )
         sampler = ranks.together(lambda: Sampler(recipe.samples, engine.model, text, image, seed=recipe.seed))
     # Opened last: it removes metrics of steps that will be done again, which a start that fails must not.
-    log = RunLog(
-        recipe.run_dir / LOGS,
-        rank=ranks.rank,
-        total_steps=recipe.schedule.steps,
-        resume_step=before.step if before else 0,
-        tensorboard=recipe.logging.tensorboard,
-    )
+    logs, resume_step = recipe.run_dir / LOGS, before.step if before else 0
+    sinks = ranks.together(lambda: open_sinks(recipe, logs, resume_step=resume_step) if ranks.is_main else [])
+    log = RunLog(logs, rank=ranks.rank, total_steps=recipe.schedule.steps, resume_step=resume_step, sinks=sinks)
     for note in notes:
         log.say(f"note: {note}")
     run = Run(
@@ -131,10 +128,14 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         saver=Saver(
             recipe.run_dir, ranks=ranks, keep_last=recipe.checkpoint.keep_last, keep_every=recipe.checkpoint.keep_every
         ),
+        guards=StepGuards(recipe.guards, ranks),
+        watch=Watch.build(recipe, grid, ranks, model=engine.model, log=log, device=device),
+        requests=Requests(recipe.run_dir, is_main=ranks.is_main),
     )
     if before:
         run.step, run.tokens, run.saved_step = before.step, before.tokens, before.step
-        run.guard = NonFiniteGuard(**before.skipped)
+        run.guards.restore(before.skipped)
+        run.watch.step = run.step
     _introduce(run, checkpoint)
     return run
 
@@ -192,7 +193,15 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
         f"{run.engine.optimizer_name}, torch {found['torch']}, deepspeed {found['deepspeed']}"
     )
     where = f"continuing from {checkpoint}" if checkpoint else "starting"
-    run.log.say(f"{where}: step {run.step} of {recipe.schedule.steps}; run folder {recipe.run_dir}")
+    run.log.event(
+        "start",
+        run.step,
+        f"{where}: step {run.step} of {recipe.schedule.steps}; run folder {recipe.run_dir}",
+        host=socket.gethostname(),
+        world_size=run.ranks.world_size,
+        job=os.environ.get("SLURM_JOB_ID", ""),
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    )
 
 
 def _describe(recipe: Recipe, layout: dict[str, Any]) -> str:
