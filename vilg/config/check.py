@@ -278,25 +278,15 @@ def _keep_every(r: Any, known: Surroundings) -> Iterator[Problem]:
 
 
 def _spikes(r: Any, known: Surroundings) -> Iterator[Problem]:
-    action = r.guards.spike_action
-    if action in ("off", "log"):
-        return
-    if action == "skip" and r.precision == "fp16":
+    if r.guards.spike_action == "skip" and r.precision == "fp16":
         yield Problem(
             "guards.spike_action",
             "guards.spike_action=skip looks like an overflow to fp16's loss scaling, which would halve the scale each "
             "time; use rollback (which restores the scale), log, or precision bf16",
         )
-    if r.parallel.pipeline > 1:
-        yield Problem(
-            "guards.spike_action",
-            f"guards.spike_action={action} must know the loss before the update, and with parallel.pipeline="
-            f"{r.parallel.pipeline} only the last stage does; use log or off",
-        )
 
 
 RULES: tuple[Rule, ...] = (
-    _spikes,
     _heads,
     _tensor,
     _tensor_vocabularies,
@@ -313,6 +303,7 @@ RULES: tuple[Rule, ...] = (
     _loss,
     _samples,
     _keep_every,
+    _spikes,
 )
 
 

@@ -62,7 +62,7 @@ class Watchdog:
         exit: Callable[[int], object] = os._exit,
     ) -> None:
         self.folder, self.rank, self.world_size = folder, rank, world_size
-        self.timeout, self.grace, self.say, self.exit = timeout, grace, say, exit
+        self.timeout, self.grace, self.say, self.exit = timeout, min(grace, timeout), say, exit
         self.step = 0
         self._main = threading.get_ident()
         self._last = time.monotonic()
