@@ -36,6 +36,12 @@ class ModelConfig(Section):
     conv_size: PositiveInt = Field(11, description="Side of the square conv window in image slots; odd.")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before each sub-layer.")
     qk_norm: bool = Field(False, description="Normalise queries and keys per head (Chameleon, 2405.09818).")
+    sandwich_norm: bool = Field(
+        False, description="Normalise also the output of every residual branch (CogView, 2105.13290)."
+    )
+    embedding_gradient: Fraction = Field(
+        1.0, description="Factor of the token tables' gradient (CogView, GLM-130B: 0.1); 1 leaves it as it is."
+    )
     dropout: BelowOne = Field(0.0, description="Probability of dropping a residual branch's output entries.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the weights at the start.")
 
@@ -78,6 +84,11 @@ class LossConfig(Section):
 
     text_weight: float = Field(1.0, ge=0, description="Weight of the image -> text loss.")
     image_weight: float = Field(1.0, ge=0, description="Weight of the text -> image loss.")
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Coefficient of log^2 Z per target token, which keeps logits from drifting (Chameleon: 1e-5).",
+    )
     reduction: Literal["mean", "sum"] = Field(
         "mean",
         description="mean: per target token and direction, over the global batch; sum: the paper's plain sum per pair.",
@@ -218,6 +229,10 @@ class Recipe(Section):
     name: str = Field(description="Name of the run, shown in logs and exports.")
     seed: int = Field(0, ge=0, lt=2**63, description="Everything random derives from this.")
     run_dir: Path = Field(description="Folder that the run owns: config, checkpoints, logs, samples.")
+    init_from: Path | None = Field(
+        None,
+        description="Export folder whose weights a new run starts from (fine-tuning); without it they are drawn at random.",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="Type of weights and activations in the step."
     )

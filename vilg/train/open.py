@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vilg.checkpoint.from_export import fill_from_export
 from vilg.checkpoint.load import verify_files
 from vilg.checkpoint.save import Saver
 from vilg.checkpoint.state import parameter_table, read_state, versions
@@ -88,8 +89,11 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
             print(f"{recipe.run_dir} is finished: {before.step} of {recipe.schedule.steps} steps. Nothing to do")
         return None
     model = build_model(recipe, spec, grid, device)
-    if not before:
+    if not before and recipe.init_from is None:
         model.reset_parameters(recipe.seed)
+    elif not before:
+        given = dict(config=recipe.model, spec=spec, tokenizers=tokenizers, grid=grid)
+        notes.append(ranks.together(lambda: fill_from_export(model, recipe.init_from, **given)))
     engine = build_engine(recipe, grid, model, device)
     if before:
         notes += ranks.on_main(lambda: check_tokenizers(before.tokenizers, tokenizers, checkpoint, accept))
