@@ -61,6 +61,8 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, *, metadata: 
     """Write and flush a safetensors file; its checksum. Raises UserError with the path."""
     try:
         save_file(tensors, path, metadata=metadata)
+        # It wrote a temporary file that only its owner may read; others may read what they may read of the folder.
+        os.chmod(path, os.stat(path.parent).st_mode & 0o666)
         with open(path, "rb+") as stream:
             os.fsync(stream.fileno())
         return checksum(path)

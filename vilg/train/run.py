@@ -138,8 +138,8 @@ class Run:
         self._report_save(self.saver.poll())
 
     def _begin_save(self, *, copy: bool) -> None:
-        self._report_save(self.saver.wait())  # before memory for another copy is taken
         started = time.perf_counter()
+        self._report_save(self.saver.wait())  # before memory for another copy is taken
         state = RunState(
             step=self.step,
             samples=self.position.samples_consumed,
