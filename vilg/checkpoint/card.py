@@ -5,6 +5,21 @@ from pathlib import Path
 
 from vilg.checkpoint.state import RunState
 
+# A test runs these lines in a folder made by `vilg export`.
+USE_WITH_TRANSFORMERS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", trust_remote_code=True)
+
+drawn = model.generate(**model.draw_inputs(tokenizer, ["a cat"]))  # text -> image
+pictures = model.image_tokenizer.decode(model.drawn_codes(drawn))  # uint8 [1, height, width, 3]
+
+codes = model.image_tokenizer.encode(pictures)
+written = model.generate(**model.caption_inputs(codes))  # image -> text
+print(model.written_texts(tokenizer, written))
+"""
+
 
 def model_card(checkpoint: Path, state: RunState, dtype: str, parameters: int) -> str:
     """Markdown: what the model is, how it was trained, how it is used."""
@@ -28,15 +43,22 @@ def model_card(checkpoint: Path, state: RunState, dtype: str, parameters: int) -
         f"| directions | {data['directions']}, caption dropout {data['caption_dropout']} |",
         *_losses(checkpoint, state.step),
         f"| recipe hash | `{state.recipe_hash[:16]}` |",
+        *([f"| source | commit `{state.commit}` |"] if state.commit else []),
         f"| versions | {', '.join(f'{name} {version}' for name, version in state.versions.items())} |",
         "",
         "## Use",
         "",
+        "With vilg:",
+        "",
         '    vilg generate --model THIS_FOLDER --prompt "..." --out pictures',
         "    vilg caption --model THIS_FOLDER picture.png",
         "",
-        "The weights are plain safetensors; `config.json` describes the model, `text.model` is a SentencePiece model,",
-        "`image_tokenizer/` turns pictures into tokens and back.",
+        "With transformers, offline (the modeling files lie in this folder):",
+        "",
+        *(f"    {line}" if line else "" for line in USE_WITH_TRANSFORMERS.splitlines()),
+        "",
+        "The weights are plain safetensors; `config.json` describes the model, `text.model` is a SentencePiece model and",
+        "`tokenizer.json` the same for `tokenizers`, `image_tokenizer/` turns pictures into codes and back.",
         "",
     ]
     return "\n".join(lines)
