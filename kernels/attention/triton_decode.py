@@ -116,8 +116,10 @@ def decode(
         heads, group, text_slots, image_k.shape[2], *window,
     )  # fmt: skip
     launch_grid = (samples * heads, triton.cdiv(group, candidates))
+    # wide fp32 heads spill with four warps
+    config = triton_op.LaunchConfig(8 if q.element_size() * block_d >= 512 else 4, 2)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        triton_op.start_kernel(decode_kernel, launch_grid, args, constants, triton_op.LaunchConfig(4, 2))
+        triton_op.start_kernel(decode_kernel, launch_grid, args, constants, config)
     return out
 
 

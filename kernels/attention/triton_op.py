@@ -42,23 +42,26 @@ def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> 
     # the key gradient has two accumulators, and ptxas grants few registers to narrow heads: both spill in steps of 64
     chunk = BLOCK // 2 if kernel == "key_gradient" or block_d <= 32 else BLOCK
     if itemsize == 4:
-        return LaunchConfig(8, 1, BLOCK // 4) if block_d >= 128 else LaunchConfig(4, 1, BLOCK // 2)
+        return LaunchConfig(8, 1, BLOCK // 4)
     if block_d >= 128 or (kernel != "forward" and capability < 90):
         return LaunchConfig(8, 2, chunk)
     return LaunchConfig(4, 2, chunk)
 
 
-def tile_size(dtype: torch.dtype) -> int:
-    """Slots of a tile. fp32 operands are split into TF32 parts held in registers: they spill in tiles of 64.
+def tile_size(dtype: torch.dtype, channels: int) -> int:
+    """Slots of a tile. fp32 operands are split into TF32 parts held in registers: they spill in tiles of 64, and wide
+    heads in tiles of 32.
 
     fp64 runs in the interpreter only and takes the tiles and chunks of bf16: its exact tests cover what trains.
     """
-    return BLOCK // 2 if dtype == torch.float32 else BLOCK
+    if dtype != torch.float32:
+        return BLOCK
+    return BLOCK // 2 if channels <= 64 else BLOCK // 4
 
 
 def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype) -> dict:
     """The constexpr arguments that all three kernels share."""
-    tile = choose_tile(view, tile_size(dtype))
+    tile = choose_tile(view, tile_size(dtype, channels))
     return {
         "QK_SCALE": scale * LOG2_E,
         "D": channels,
@@ -101,8 +104,9 @@ class _Launch:
         q = tensors[0]
         self.view = Window(*window)
         self.text_slots = q.shape[2] - self.view.num_slots
-        self.text_tiles = -(-self.text_slots // tile_size(q.dtype))
-        tile = choose_tile(self.view, tile_size(q.dtype))
+        slots = tile_size(q.dtype, q.shape[-1])
+        self.text_tiles = -(-self.text_slots // slots)
+        tile = choose_tile(self.view, slots)
         self.image_tiles = tile.count(self.view)
         self.programs = q.shape[0] * q.shape[1]
         self.itemsize = q.element_size()
