@@ -13,6 +13,8 @@ import torch
 
 from tests.export_support import write_export
 from tests.model_support import tiny_config
+from vilg.checkpoint.card import USE_WITH_TRANSFORMERS
+from vilg.config.schema import ModelConfig
 from vilg.inference.caption import caption_codes
 from vilg.inference.generate import generate_codes
 from vilg.inference.load import load_model
@@ -23,7 +25,9 @@ from vilg.tokens.text import TextTokenizer
 GREEDY = SamplingConfig(temperature=0.0)
 SHAPES = {
     "row, column, conv": tiny_config(),
-    "row_wrap, rmsnorm, qk norm": tiny_config(row_style="wrap", norm="rmsnorm", qk_norm=True),
+    "row_wrap, rmsnorm, qk and sandwich norm": tiny_config(
+        row_style="wrap", norm="rmsnorm", qk_norm=True, sandwich_norm=True
+    ),
     "dense": tiny_config(attention="dense", num_layers=2),
 }
 
@@ -111,6 +115,14 @@ def test_beams_sampling_and_questions_run_and_keep_to_the_layout(folder):
     assert drawn.shape == (4, 4, 4) and 0 <= drawn.min() and drawn.max() < 16
 
 
+def test_every_setting_of_a_model_is_known_to_the_shipped_file(folder):
+    from vilg.checkpoint.huggingface.modeling_vilg import SETTINGS, VilgConfig
+
+    assert set(ModelConfig.model_fields) == SETTINGS
+    with pytest.raises(ValueError, match="model holds rotary, which this modeling file does not know"):
+        VilgConfig(model={**tiny_config().model_dump(), "rotary": True})
+
+
 def test_pictures_and_codes_are_those_of_our_image_tokenizer(tmp_path):
     for lookup in ("euclidean", "cosine"):
         bundle = load_model(write_export(tmp_path, lookup=lookup))
@@ -150,17 +162,9 @@ def test_the_tokenizer_files_give_our_ids(folder):
 
 
 def test_the_folder_needs_nothing_of_vilg(folder):
-    code = (
-        "import sys\n"
-        "sys.modules['vilg'] = sys.modules['kernels'] = None\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "drawn = model.drawn_codes(model.generate(**model.draw_inputs(tokenizer, ['a cat'])))\n"
-        "pictures = model.image_tokenizer.decode(drawn)\n"
-        "inputs = model.caption_inputs(model.image_tokenizer.encode(pictures))\n"
-        "print(pictures.shape, model.written_texts(tokenizer, model.generate(**inputs)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd="/")
+    # The lines of the model card.
+    code = "import sys\nsys.modules['vilg'] = sys.modules['kernels'] = None\n"
+    code += USE_WITH_TRANSFORMERS.replace("THIS_FOLDER", str(folder)) + "print(pictures.shape)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("torch.Size([1, 16, 16, 3]) ['")
+    assert done.stdout.startswith("['") and done.stdout.endswith("torch.Size([1, 16, 16, 3])\n")

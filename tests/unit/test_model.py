@@ -18,6 +18,7 @@ CONFIGS = {
     "wrap": tiny_config(row_style="wrap"),
     "dense": tiny_config(attention="dense"),
     "rmsnorm and qk_norm": tiny_config(norm="rmsnorm", qk_norm=True),
+    "sandwich_norm": tiny_config(sandwich_norm=True),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 

@@ -9,7 +9,7 @@ from vilg.model.vilg import Vilg, check_shape
 from vilg.parallel import layout
 from vilg.parallel.grid import Grid, axis_ranks, check_sizes
 
-CONFIGS = [tiny_config(), tiny_config(norm="rmsnorm", qk_norm=True), tiny_config(attention="dense", qk_norm=True)]
+CONFIGS = [tiny_config(), tiny_config(norm="rmsnorm", qk_norm=True), tiny_config(attention="dense", qk_norm=True, sandwich_norm=True)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["layernorm", "rmsnorm", "dense"])

@@ -19,7 +19,7 @@ TEN_BILLION_SPEC = SequenceSpec(text_slots=64, grid=(32, 32), text_vocab_size=32
 CONFIGS = {
     "tiny": (tiny_config(), SPEC),
     "rmsnorm, qk_norm": (tiny_config(norm="rmsnorm", qk_norm=True, ffn_multiple=3), SPEC),
-    "layernorm, qk_norm, odd grid": (tiny_config(qk_norm=True), SequenceSpec(5, (3, 7), 24, 16)),
+    "layernorm, qk_norm, sandwich, odd grid": (tiny_config(qk_norm=True, sandwich_norm=True), SequenceSpec(5, (3, 7), 24, 16)),
     "10b": (TEN_BILLION, TEN_BILLION_SPEC),
 }
 each_config = pytest.mark.parametrize(("config", "spec"), CONFIGS.values(), ids=CONFIGS)

@@ -72,6 +72,7 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
         self.out = RowParallelLinear(hidden, hidden, **split)
+        self.post_norm = post_norm(config, grid=grid, device=device, dtype=dtype)
 
     def forward(self, hidden: Tensor, attend: Attend) -> Tensor:
         qkv = self.qkv(self.norm(hidden)).unflatten(-1, (-1, 3, self.head_dim))  # [B, S, H, 3, D]
@@ -80,4 +81,12 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         mixed = attend(q, k, v, self.pattern)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.post_norm(self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+def post_norm(config: ModelConfig, *, grid: Grid, device=None, dtype=None) -> nn.Module:
+    """The norm that ends a residual branch with `sandwich_norm`, else nothing."""
+    if not config.sandwich_norm:
+        return nn.Identity()
+    place = dict(group=grid.tensor_group, device=device, dtype=dtype)
+    return Norm(config.hidden_size, config.norm, partial=grid.sequence_parallel, **place)

@@ -1,4 +1,8 @@
-"""One transformer block: x + Attention(norm(x)), then x + FFN(norm(x)), as in GPT-2."""
+"""One transformer block: x + Attention(norm(x)), then x + FFN(norm(x)), as in GPT-2.
+
+With `sandwich_norm` each branch ends in a norm of its own (CogView's Sandwich-LN, 2105.13290 section 2.4): what a branch
+adds to the residual stream then keeps its size, whatever its matrices grow to.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vilg.config.schema import ModelConfig, ParallelConfig, Recompute
-from vilg.model.attention import Attend, Attention
+from vilg.model.attention import Attend, Attention, post_norm
 from vilg.parallel.grid import Grid
 from vilg.parallel.layers import ColumnParallelLinear, Norm, RowParallelLinear
 from vilg.parallel.rng import dropout
@@ -29,9 +33,10 @@ class FeedForward(nn.Module):
         self.norm = Norm(hidden, config.norm, partial=grid.sequence_parallel, **place)
         self.up = ColumnParallelLinear(hidden, wide, **split)
         self.down = RowParallelLinear(wide, hidden, **split)
+        self.post_norm = post_norm(config, grid=grid, device=device, dtype=dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(hidden))))
+        return self.post_norm(self.down(F.gelu(self.up(self.norm(hidden)))))
 
 
 class Block(nn.Module):

@@ -28,7 +28,7 @@ class Embed(nn.Module):
         hidden, place = config.hidden_size, dict(device=device, dtype=dtype)
         if grid.sequence_parallel and spec.num_slots % grid.tensor_size:
             raise ValueError(f"{spec.num_slots} slots are not divisible by parallel.tensor={grid.tensor_size}")
-        self.spec, self.grid = spec, grid
+        self.spec, self.grid, self.gradient = spec, grid, config.embedding_gradient
         self.text_table = VocabParallelEmbedding(spec.text_vocab_size, hidden, group=grid.tensor_group, **place)
         self.image_table = VocabParallelEmbedding(spec.image_vocab_size, hidden, group=grid.tensor_group, **place)
         self.text_position = blank((spec.text_slots, hidden), **place)
@@ -40,7 +40,7 @@ class Embed(nn.Module):
     def text(self, ids: Tensor, slots: Tensor, is_target: Tensor) -> Tensor:
         """ids int64 [B, t] at text slots int64 [t]; is_target bool or integer [B, t] -> [B, t, C]."""
         positions = self.text_position if slots.numel() == len(self.text_position) else self.text_position[slots]
-        return self.text_table(ids) + positions + F.embedding(TEXT_SOURCE + is_target.long(), self.segment)
+        return scale_gradient(self.text_table(ids), self.gradient) + positions + F.embedding(TEXT_SOURCE + is_target.long(), self.segment)
 
     def image(self, ids: Tensor, slots: Tensor, is_target: Tensor) -> Tensor:
         """ids int64 [B, n] at image slots int64 [n], raster order; is_target bool or integer [B] -> [B, n, C]."""
@@ -48,7 +48,8 @@ class Embed(nn.Module):
         positions = self.image_row[slots // columns] + self.image_column[slots % columns]  # [n, C]
         segment = F.embedding(IMAGE_SOURCE + is_target.long(), self.segment)  # [B, C]
         begins = (ids == self.spec.begin_of_image)[..., None]
-        return torch.where(begins, self.begin_of_image, self.image_table(ids)) + positions + segment[:, None]
+        codes = scale_gradient(self.image_table(ids), self.gradient)
+        return torch.where(begins, self.begin_of_image, codes) + positions + segment[:, None]
 
     def forward(self, text_input: Tensor, image_input: Tensor, text_prefix: Tensor, image_is_target: Tensor) -> Tensor:
         """int64 [B, T], int64 [B, N], integers [B] -> [B, S, C] (this rank's slots with sequence parallelism)."""
@@ -57,3 +58,23 @@ class Embed(nn.Module):
         text = self.text(text_input, text_slots, text_slots >= text_prefix[:, None])
         hidden = torch.cat([text, self.image(image_input, image_slots, image_is_target)], 1)
         return split_slots(hidden, self.grid.tensor_group) if self.grid.sequence_parallel else hidden
+
+
+def scale_gradient(values: Tensor, factor: float) -> Tensor:
+    """The same values, whose gradient is multiplied by `factor`.
+
+    CogView's embedding-gradient shrink (2105.13290 section 2.4; GLM-130B 2210.02414 section 3.3) writes it as
+    factor * x + (1 - factor) * x.detach(), which rounds the values.
+    """
+    return values if factor == 1.0 else _ScaleGradient.apply(values, factor)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, factor):
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None

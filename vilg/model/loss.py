@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vilg.parallel.loss import cross_entropy_sum
+from vilg.parallel.loss import cross_entropy_and_z_sums, cross_entropy_sum
 from vilg.parallel.ops import Group
 from vilg.tokens.sequence import IGNORE
 
@@ -23,6 +23,22 @@ def direction_losses(
         cross_entropy_sum(text_logits, text_target, group=group, ignore=IGNORE),
         cross_entropy_sum(image_logits, image_target, group=group, ignore=IGNORE),
     )
+
+
+LOSS_SUMS = ("text", "image", "text z", "image z")  # what `loss_sums` adds up, in its order
+
+
+def loss_sums(
+    text_logits: Tensor, image_logits: Tensor, text_target: Tensor, image_target: Tensor,
+    *, z_loss: bool, group: Group = None,
+) -> Tensor:  # fmt: skip
+    """The two `direction_losses` and both directions' sums of log^2 Z, fp32 [4]; the last two are 0 unless `z_loss`."""
+    if not z_loss:
+        text, image = direction_losses(text_logits, image_logits, text_target, image_target, group=group)
+        return torch.stack([text, image, torch.zeros_like(text), torch.zeros_like(image)])
+    text, text_z = cross_entropy_and_z_sums(text_logits, text_target, group=group, ignore=IGNORE)
+    image, image_z = cross_entropy_and_z_sums(image_logits, image_target, group=group, ignore=IGNORE)
+    return torch.stack([text, image, text_z, image_z])
 
 
 def nan_unless_finite(loss: Tensor) -> Tensor:

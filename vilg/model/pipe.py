@@ -5,7 +5,7 @@ What travels between layers, and so between stages, is a tuple of tensors:
     into Embed      text_input [B, T], image_input [B, N], text_len, text_prefix, image_is_target [B], dropout_seeds [B]
     between blocks  hidden [B, S, C], text_len, text_prefix, image_is_target [B], dropout_seeds [B]
     out of Heads    text_logits [B, T, Vt], image_logits [B, N, Vi]
-    labels          text_target [B, T], image_target [B, N], scales fp32 [2]
+    labels          text_target [B, T], image_target [B, N], scales fp32 [4]
 
 Only `hidden` is floating, so only its gradient is sent back. Importing this module imports DeepSpeed (seconds); nothing
 else does. DeepSpeed runs it with ZeRO 0 or 1 only.
@@ -25,7 +25,7 @@ from vilg.model.attention import SparseAttend
 from vilg.model.block import Block
 from vilg.model.embed import Embed
 from vilg.model.heads import Heads
-from vilg.model.loss import direction_losses, nan_unless_finite
+from vilg.model.loss import LOSS_SUMS, loss_sums, nan_unless_finite
 from vilg.model.size import layer_costs, stage_bounds
 from vilg.model.vilg import fill_parameters, layer_list
 from vilg.parallel import layout
@@ -86,25 +86,25 @@ class PipeHeads(Heads):
 
 
 class PipeLoss:
-    """Loss of one micro-batch on the last stage: scales[0] * text sum + scales[1] * image sum, times `factor`.
+    """Loss of one micro-batch on the last stage: scales [4] times `loss_sums`, added up, times `factor`.
 
     factor: micro-batches * data size, which undoes DeepSpeed's averaging over both; gradients are then those of the sum
-    over the global batch. `sums` adds up both directions' cross entropy, fp64 [2] on this rank, since `begin`; it stays
+    over the global batch. `sums` adds up `loss_sums`, fp64 [4] on this rank, since `begin`; it stays
     zero on all stages but the last.
     """
 
-    def __init__(self, *, group: Group, factor: int):
-        self.group, self.factor = group, factor
+    def __init__(self, *, group: Group, factor: int, z_loss: bool):
+        self.group, self.factor, self.z_loss = group, factor, z_loss
         self.begin(0, finish=None)
 
     def begin(self, micro_batches: int, *, finish: Callable[[Tensor, Tensor], Tensor] | None) -> None:
         """A new step of so many micro-batches. finish(loss, sums): what the last one's loss becomes."""
         self.left, self.finish = micro_batches, finish
-        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
 
     def __call__(self, logits: Tensors, labels: Tensors) -> Tensor:
         text_target, image_target, scales = labels
-        sums = torch.stack(direction_losses(*logits, text_target, image_target, group=self.group))
+        sums = loss_sums(*logits, text_target, image_target, z_loss=self.z_loss, group=self.group)
         self.sums = self.sums.to(sums.device) + sums.detach()
         self.left -= 1
         loss = nan_unless_finite((sums * scales).sum())
@@ -115,12 +115,13 @@ class VilgPipe(PipelineModule):
     """This rank's stage, for `deepspeed.initialize` with `DEEPSPEED_SETTINGS`. Parameters have the names of `Vilg` and
     are NaN until filled. Stages are cut by the layers' operations (`size.stage_bounds`).
 
-    factor: see `PipeLoss`, which is `self.loss_fn`. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
+    factor, z_loss: see `PipeLoss`, which is `self.loss_fn`. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
     """
 
     def __init__(
-        self, config: ModelConfig, spec: SequenceSpec, *, grid: Grid, factor: int, device=None, dtype=None
-    ):
+        self, config: ModelConfig, spec: SequenceSpec, *, grid: Grid, factor: int, z_loss: bool = False,
+        device=None, dtype=None,
+    ):  # fmt: skip
         # Attributes that the base class needs while it builds; modules may only be set after nn.Module.__init__.
         object.__setattr__(self, "bounds", stage_bounds(layer_costs(config, spec), grid.pipeline_size))
         super().__init__(
@@ -128,7 +129,7 @@ class VilgPipe(PipelineModule):
             topology=PipeModelDataParallelTopology(
                 num_pp=grid.pipeline_size, num_mp=grid.tensor_size, num_dp=grid.data_size
             ),
-            loss_fn=PipeLoss(group=grid.tensor_group, factor=factor),
+            loss_fn=PipeLoss(group=grid.tensor_group, factor=factor, z_loss=z_loss),
         )
         self.config, self.spec, self.grid = config, spec, grid
         layout.mark_parameters(self, size=grid.tensor_size)
@@ -203,6 +204,6 @@ def layer_specs(
 def pipe_inputs(
     batch: SequenceBatch, *, dropout_seeds: Tensor, scales: Sequence[float]
 ) -> tuple[Tensors, Tensors]:
-    """(inputs, labels) of one micro-batch for DeepSpeed's data iterator; scales as in `PipeLoss`, [text, image]."""
+    """(inputs, labels) of one micro-batch for DeepSpeed's data iterator; scales [4] as in `PipeLoss`."""
     labels = (batch.text_target, batch.image_target, torch.tensor(scales, dtype=torch.float32))
     return (*batch.inputs(), dropout_seeds), labels

@@ -22,12 +22,14 @@ BACKWARD_FACTOR = 2  # one product for the gradient of the input, one for that o
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Parameters of one block: four matrices with biases, two norms, and two per head channel with qk_norm."""
+    """Parameters of one block: four matrices with biases, two norms (four with sandwich_norm), and two per head channel
+    with qk_norm."""
     hidden, wide = config.hidden_size, config.ffn_multiple * config.hidden_size
     matrices = 4 * hidden * hidden + 2 * hidden * wide
     biases = 3 * hidden + hidden + wide + hidden
     qk_norms = 2 * (hidden // config.num_heads) if config.qk_norm else 0
-    return matrices + biases + 2 * _norm_parameters(config) + qk_norms
+    norms = 4 if config.sandwich_norm else 2
+    return matrices + biases + norms * _norm_parameters(config) + qk_norms
 
 
 def embedding_parameters(config: ModelConfig, spec: SequenceSpec) -> int:

@@ -45,8 +45,8 @@ RULES = (
     Rule(r"ffn\.down\.weight", 1, "residual", True),
     Rule(r"ffn\.down\.bias", None, "zeros", False),
     Rule(r"(text|image)_head\.weight", 0, "normal", True),
-    Rule(r"([a-z]+\.)?([qk]_)?norm\.weight", None, "ones", False),
-    Rule(r"([a-z]+\.)?norm\.bias", None, "zeros", False),
+    Rule(r"([a-z]+\.)?([qk]_|post_)?norm\.weight", None, "ones", False),
+    Rule(r"([a-z]+\.)?(post_)?norm\.bias", None, "zeros", False),
 )
 _NAME = re.compile(r"layers\.\d+\.(.+)")
 

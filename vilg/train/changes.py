@@ -39,6 +39,7 @@ SHAPE = (
     "model.ffn_multiple",
     "model.norm",
     "model.qk_norm",
+    "model.sandwich_norm",
     "tokens.text_slots",
     "tokens.grid",
     "tokens.text_vocab_size",

@@ -28,7 +28,7 @@ from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch
 from vilg.train import moved_state, optim
-from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, spoil_spike, step_result
+from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, no_sums, spoil_spike, step_result
 
 
 class DeepSpeedEngine:
@@ -64,7 +64,7 @@ class DeepSpeedEngine:
         self.engine.checkpoint_engine = self.tensor_files
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = no_sums(self.device)
         optim.set_learning_rate(self.engine.optimizer, plan.lr)
         for index, batch in enumerate(batches):
             seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)

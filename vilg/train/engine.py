@@ -27,7 +27,7 @@ from vilg.parallel.grid import Grid
 from vilg.parallel.precision import DTYPES
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 from vilg.train import moved_state, optim
-from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, spoil_spike, step_result
+from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, no_sums, spoil_spike, step_result
 
 
 class Engine(Protocol):
@@ -113,7 +113,7 @@ class TorchEngine:
         self.layout = dict(engine="torch", precision=recipe.precision, zero_stage=0, data=1, tensor=1, pipeline=1)
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums = no_sums(self.device)
         for master in self.masters:
             master.grad = None
         for index, batch in enumerate(batches):

@@ -163,7 +163,8 @@ def duration(seconds: float) -> str:
 
 
 def _row(plan: StepPlan, result: StepResult) -> Row:
-    numbers = {key: _finite(getattr(result, key)) for key in ("loss", "text_loss", "image_loss", "grad_norm", "lr")}
+    keys = ["loss", "text_loss", "image_loss", *(["z_loss"] if plan.z_loss else []), "grad_norm", "lr"]
+    numbers = {key: _finite(getattr(result, key)) for key in keys}
     return {"step": plan.step, **numbers, "skipped": result.skipped}
 
 

@@ -25,7 +25,10 @@ def build_stage(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.de
     from vilg.model.pipe import VilgPipe
 
     with silent():
-        return VilgPipe(recipe.model, spec, grid=grid, factor=recipe.batch.global_size // recipe.batch.micro_size)
+        return VilgPipe(
+            recipe.model, spec, grid=grid, factor=recipe.batch.global_size // recipe.batch.micro_size,
+            z_loss=recipe.loss.z_loss > 0,
+        )  # fmt: skip
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -50,10 +53,9 @@ class PipelineEngine(DeepSpeedEngine):
     def _micro_batches(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> Iterator[tuple]:
         from vilg.model.pipe import pipe_inputs
 
-        scales = plan.text_scale, plan.image_scale
         for index, batch in enumerate(batches):
             seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
-            yield pipe_inputs(batch, dropout_seeds=seeds, scales=scales)
+            yield pipe_inputs(batch, dropout_seeds=seeds, scales=plan.scales)
 
     def _wrap(self, deepspeed, model: nn.Module, optimizer: torch.optim.Optimizer):
         from deepspeed.runtime.pipe.schedule import OptimizerStep

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vilg.config.schema import Recipe
-from vilg.model.loss import direction_losses, nan_unless_finite
+from vilg.model.loss import LOSS_SUMS, loss_sums, nan_unless_finite
 from vilg.parallel.grid import Grid
 from vilg.parallel.rng import sequence_seeds
 from vilg.tokens.sequence import SequenceBatch
@@ -19,7 +19,8 @@ from vilg.train.optim import learning_rate
 @dataclass(frozen=True)
 class StepPlan:
     """One optimizer step. Target counts are of the global batch; a scale turns a sum of cross entropies into its part
-    of the loss, so the loss is the same number however the batch is split. loss_limit: above it the step is left out."""
+    of the loss, so the loss is the same number however the batch is split. z_loss: coefficient of log^2 Z, summed as the
+    cross entropies are. loss_limit: above it the step is left out."""
 
     step: int
     lr: float
@@ -27,7 +28,17 @@ class StepPlan:
     image_targets: int
     text_scale: float
     image_scale: float
+    z_loss: float = 0.0
     loss_limit: float = math.inf
+
+    @property
+    def scales(self) -> tuple[float, float, float, float]:
+        """Factors of `model.loss.loss_sums`, whose products add up to the loss."""
+        return self.text_scale, self.image_scale, self.z_loss * self.text_scale, self.z_loss * self.image_scale
+
+    def total(self, sums: Tensor) -> Tensor:
+        """The loss of sums [4]."""
+        return sum(part * scale for part, scale in zip(sums.unbind(), self.scales))
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,8 @@ class StepResult:
     """What happened, over the global batch. loss is what was minimised; text_loss and image_loss are means in nats per
     target token, NaN without targets. Tensors are scalars on the device, so that reading them is left to the logger.
 
-    skipped: the step was left out, weights and optimizer state are unchanged. grad_norm: before clipping.
+    skipped: the step was left out, weights and optimizer state are unchanged. grad_norm: before clipping. z_loss: the
+    part of `loss` that is not cross entropy.
     """
 
     loss: Tensor
@@ -44,6 +56,7 @@ class StepResult:
     grad_norm: Tensor | float
     skipped: bool
     lr: float
+    z_loss: Tensor | float = 0.0
 
 
 def plan_step(
@@ -60,6 +73,7 @@ def plan_step(
         image_targets=image_targets,
         text_scale=loss.text_weight / max(1, text_unit),
         image_scale=loss.image_weight / max(1, image_unit),
+        z_loss=loss.z_loss,
         loss_limit=loss_limit,
     )
 
@@ -67,17 +81,23 @@ def plan_step(
 def micro_batch_loss(
     forward: Callable[..., tuple[Tensor, Tensor]], batch: SequenceBatch, plan: StepPlan, seeds: Tensor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
-    """The micro-batch's share of the loss (scalar with gradient), and its cross entropy sums, float64 [text, image]."""
+    """The micro-batch's share of the loss (scalar with gradient), and its `loss_sums` in float64."""
     logits = forward(*batch.inputs(), dropout_seeds=seeds)
-    text_sum, image_sum = direction_losses(*logits, batch.text_target, batch.image_target, group=grid.tensor_group)
-    loss = text_sum * plan.text_scale + image_sum * plan.image_scale
-    return nan_unless_finite(loss), torch.stack([text_sum, image_sum]).detach().double()
+    sums = loss_sums(
+        *logits, batch.text_target, batch.image_target, z_loss=plan.z_loss > 0, group=grid.tensor_group
+    )
+    return nan_unless_finite(plan.total(sums)), sums.detach().double()
+
+
+def no_sums(device: torch.device | None = None) -> Tensor:
+    """Where the sums of micro-batches are added up: float64 [4]."""
+    return torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=device)
 
 
 def spoil_spike(loss: Tensor, sums: Tensor, plan: StepPlan, grid: Grid) -> Tensor:
     """The last micro-batch's loss; NaN if that of the whole global batch is above the plan's limit.
 
-    sums: of all this rank's micro-batches, float64 [text, image]. So a spike is known before its last backward pass, and
+    sums: of all this rank's micro-batches, float64 [4]. So a spike is known before its last backward pass, and
     is left out as every non-finite step is: by all ranks together, without asking the device.
     """
     if plan.loss_limit == math.inf:
@@ -85,8 +105,7 @@ def spoil_spike(loss: Tensor, sums: Tensor, plan: StepPlan, grid: Grid) -> Tenso
     total = sums.clone()
     if grid.data_group is not None:
         dist.all_reduce(total, group=grid.data_group)
-    whole = total[0] * plan.text_scale + total[1] * plan.image_scale
-    return loss * torch.where(whole > plan.loss_limit, math.nan, 1.0)
+    return loss * torch.where(plan.total(total) > plan.loss_limit, math.nan, 1.0)
 
 
 def dropout_seeds(recipe: Recipe, grid: Grid, plan: StepPlan, index: int, batch: SequenceBatch) -> Tensor:
@@ -96,15 +115,17 @@ def dropout_seeds(recipe: Recipe, grid: Grid, plan: StepPlan, index: int, batch:
 
 
 def step_result(sums: Tensor, plan: StepPlan, *, grad_norm: Tensor | float, skipped: bool) -> StepResult:
-    """From sums of cross entropy over the global batch, float64 [text, image]."""
-    text, image = sums.unbind()
+    """From `loss_sums` over the global batch, float64 [4]."""
+    text, image, *_ = sums.unbind()
+    loss = plan.total(sums)
     return StepResult(
-        loss=text * plan.text_scale + image * plan.image_scale,
+        loss=loss,
         text_loss=text / plan.text_targets if plan.text_targets else text + math.nan,
         image_loss=image / plan.image_targets if plan.image_targets else image + math.nan,
         grad_norm=grad_norm,
         skipped=skipped,
         lr=plan.lr,
+        z_loss=loss - text * plan.text_scale - image * plan.image_scale,
     )
 
 

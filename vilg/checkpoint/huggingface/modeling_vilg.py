@@ -22,6 +22,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .pictures_vilg import ImageTokenizer, load_image_tokenizer
 
 BEGIN_OF_TEXT, END_OF_TEXT, PAD = 1, 2, 3
+# All settings of a model that the trainer knows; a newer one may compute something that this file does not.
+SETTINGS = {
+    "num_layers", "hidden_size", "num_heads", "ffn_multiple", "attention", "row_style", "conv_size", "norm", "qk_norm",
+    "sandwich_norm", "embedding_gradient", "dropout", "init_std",
+}  # fmt: skip
 
 
 class VilgConfig(PretrainedConfig):
@@ -33,6 +38,8 @@ class VilgConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.model, self.sequence = self.model or {}, self.sequence or {}
+        if unknown := sorted(set(self.model) - SETTINGS):
+            raise ValueError(f"config.json: model holds {', '.join(unknown)}, which this modeling file does not know")
         self.num_hidden_layers = self.model.get("num_layers", 0)
         self.hidden_size = self.model.get("hidden_size", 0)
         self.num_attention_heads = self.model.get("num_heads", 1)
@@ -78,6 +85,7 @@ class Attention(nn.Module):
         self.q_norm = Norm(self.head_dim, shape["norm"], bias=False) if normalised else nn.Identity()
         self.k_norm = Norm(self.head_dim, shape["norm"], bias=False) if normalised else nn.Identity()
         self.out = nn.Linear(hidden, hidden)
+        self.post_norm = Norm(hidden, shape["norm"]) if shape["sandwich_norm"] else nn.Identity()
 
     def forward(self, hidden: Tensor, masks: dict[str, Tensor], cache) -> Tensor:
         qkv = self.qkv(self.norm(hidden)).unflatten(-1, (-1, 3, self.head_dim))  # [B, L, H, 3, D]
@@ -89,7 +97,7 @@ class Attention(nn.Module):
             # A static cache returns its whole length; what is not yet written is seen by nobody.
             mask = F.pad(mask, (0, k.shape[2] - mask.shape[3]))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.post_norm(self.out(mixed.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -100,9 +108,10 @@ class FeedForward(nn.Module):
         hidden, wide = shape["hidden_size"], shape["ffn_multiple"] * shape["hidden_size"]
         self.norm = Norm(hidden, shape["norm"])
         self.up, self.down = nn.Linear(hidden, wide), nn.Linear(wide, hidden)
+        self.post_norm = Norm(hidden, shape["norm"]) if shape["sandwich_norm"] else nn.Identity()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(self.norm(hidden))))
+        return self.post_norm(self.down(F.gelu(self.up(self.norm(hidden)))))
 
 
 class Block(nn.Module):
