@@ -1,17 +1,23 @@
 """A run continues under another layout as if nothing had happened; the whole matrix is benchmarks/checkpoint_matrix.py."""
 
+import errno
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed.helpers import run_distributed
 from tests.distributed.resume_support import Job, Layout, branch, differing, distance, latest, train_jobs
 from tests.golden.make import DEBUG_RECIPE, make_data, read_losses
 from vilg.__main__ import main as vilg
 from vilg.checkpoint.load import latest_checkpoint
-from vilg.checkpoint.state import STATE_FILE, read_state
+from vilg.checkpoint.save import Saver
+from vilg.checkpoint.state import STATE_FILE, RunState, read_state
+from vilg.checkpoint.tensors import checksum
+from vilg.parallel.ranks import Ranks, SharedError
 
 RECIPE = {
     "schedule.steps": 9,
@@ -119,6 +125,38 @@ def test_a_disk_that_fills_during_a_save_is_named_and_the_checkpoint_before_stay
     assert "step_00000003 could not be saved" in told and "No space left" in told and "step_00000000, is intact" in told
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000000"]
     assert read_state(latest_checkpoint(run)).step == 0
+
+
+def saves_with_a_bad_disk(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Three background saves, rank 1 failing in the second; what each became on this rank."""
+    saver = Saver(folder, ranks=Ranks(rank, world_size, rank, dist.group.WORLD), keep_last=2)
+
+    def write(path: Path) -> str:
+        if rank == 1 and "00000002" in path.parent.name:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        path.write_bytes(b"x")
+        return checksum(path)
+
+    outcomes = []
+    for step in (1, 2, 3):
+        state = RunState(step, 0, 0, {}, {}, {}, {}, {})
+        try:
+            saver.begin(state, {f"rank_{rank}": write})
+            while saver.busy:
+                saved = saver.poll()
+            outcomes.append(saved.path.name)
+        except SharedError as error:
+            outcomes.append(str(error))
+    return outcomes
+
+
+def test_a_background_save_that_fails_on_one_rank_fails_on_all_and_the_next_one_works(tmp_path):
+    for first, second, third in run_distributed(2, saves_with_a_bad_disk, (tmp_path,)):
+        assert first == "step_00000001" and third == "step_00000003"
+        assert "rank 1: " in second and "Disk quota exceeded" in second and "step_00000001, is intact" in second
+    latest_one = latest(tmp_path)
+    assert sorted(read_state(latest_one).checksums) == ["rank_0", "rank_1"] and latest_one.name == "step_00000003"
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_00000003"]
 
 
 def test_a_newer_checkpoint_and_an_incomplete_one_are_refused_before_training(common, unbroken, tmp_path, capsys):
