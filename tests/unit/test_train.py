@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import typing
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from vilg.model.vilg import Vilg
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.sequence import SequenceSpec
 from vilg.train import rundir
-from vilg.train.changes import check_accept, check_tokenizers, compare
+from vilg.train.changes import SHAPE, check_accept, check_tokenizers, compare
 from vilg.train.distributed import process_environment
 from vilg.train.guards import NonFiniteGuard, StopSignals
 from vilg.train.log import console_line, cut_metrics, duration
 from vilg.train.metrics import Window
+from vilg.train.open import sequence_spec
 from vilg.train.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from vilg.train.step import StepResult, plan_step
 
@@ -173,6 +175,28 @@ def test_a_harmful_change_can_be_accepted_and_one_of_the_models_shape_cannot():
         compare(mine, recipe("model.hidden_size=32"), "the checkpoint", ["model.*"])
     with pytest.raises(UserError, match="--accept=sead: a recipe has no such key; did you mean 'seed'"):
         check_accept(["sead"], mine)
+
+
+def test_every_key_that_changes_the_models_parameters_is_known_as_one_of_its_shape():
+    before = recipe()
+
+    def shapes(changed) -> dict[str, torch.Size]:
+        model = Vilg(changed.model, sequence_spec(changed), device="meta")
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    for section, config in (("model", before.model), ("tokens", before.tokens)):
+        for name, value in config:
+            choices = typing.get_args(type(config).model_fields[name].annotation)
+            if isinstance(value, bool):
+                other = str(not value).lower()
+            elif isinstance(value, int):
+                other = 2 * value + 1 if name == "conv_size" else 2 * value
+            elif isinstance(value, str):
+                other = next(choice for choice in choices if choice != value)
+            else:
+                continue  # numbers that are no sizes, and paths
+            changed = recipe(f"{section}.{name}={other}")
+            assert (shapes(changed) == shapes(before)) or f"{section}.{name}" in SHAPE, name
 
 
 def test_another_tokenizer_is_refused_unless_accepted():
