@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "2. Training": (
         Command("plan", "vilg.tools.plan:main", "parameters, memory and work of a recipe, without running it"),
         Command("preflight", "vilg.tools.preflight:main", "check recipe, machine and data before a long run"),
+        Command("submit", "vilg.tools.submit:main", "check a recipe and hand it to SLURM as a batch job"),
         Command("train", "vilg.train.loop:main", "train a recipe, or continue its run; under torchrun, srun or alone"),
         Command("inspect", "vilg.checkpoint.inspect:main", "what a run or a checkpoint holds"),
     ),

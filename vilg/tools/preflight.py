@@ -28,7 +28,7 @@ from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.train.distributed import distributed
 from vilg.train.open import sequence_spec
-from vilg.train.rundir import CONFIG_FILE, compare
+from vilg.train.rundir import check_run_dir
 
 BAD = 1
 _PROBE_BYTES = 64 * 2**20
@@ -64,11 +64,14 @@ def _report(argv: Sequence[str], ranks: Ranks, device: torch.device) -> list[Row
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--json", type=Path, help="write the rows there too, for machines")
+    parser.add_argument("--bad-nodes", type=Path, help="write the names of bad nodes there, if there are any")
+    parser.add_argument("--accept", default="", metavar="KEY,KEY", help="as for vilg train")
     options = parser.parse_args(rest)
+    accept = tuple(filter(None, options.accept.split(",")))
     recipe = ranks.on_main(lambda: load_recipe(options.recipe, overrides, world_size=ranks.world_size))
     rows = [Row("recipe", "ok", f"{options.recipe}: {recipe.name}, {ranks.world_size} process(es)")]
     for name, check in (
-        ("run folder", lambda: _run_folder(recipe)),
+        ("run folder", lambda: _run_folder(recipe, accept)),
         ("disk", lambda: _disk(recipe)),
         ("tokenizers", lambda: _tokenizers(recipe)),
         ("shards", lambda: _shards(recipe)),
@@ -94,13 +97,8 @@ def _guarded(name: str, check: Callable[[], Iterator[Row]]) -> list[Row]:
     return rows
 
 
-def _run_folder(recipe: Recipe) -> Iterator[Row]:
-    config = recipe.run_dir / CONFIG_FILE
-    if not config.exists():
-        yield Row("run folder", "ok", f"{recipe.run_dir} is new")
-        return
-    notes = compare(load_recipe(config, cross_checks=False), recipe, recipe.run_dir)
-    yield Row("run folder", "ok", "; ".join([f"{recipe.run_dir} continues this recipe's run", *notes]))
+def _run_folder(recipe: Recipe, accept: Sequence[str]) -> Iterator[Row]:
+    yield Row("run folder", "ok", "; ".join([str(recipe.run_dir), *check_run_dir(recipe, accept)]))
 
 
 def _disk(recipe: Recipe) -> Iterator[Row]:

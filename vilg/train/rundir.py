@@ -62,16 +62,31 @@ def open_run_dir(recipe: Recipe, lock: RunLock, accept: Sequence[str] = ()) -> t
     folder = recipe.run_dir
     _check_place(folder)
     lock.acquire()
-    checkpoint, notes = latest_checkpoint(folder), []
-    if checkpoint:
-        notes += compare(_recipe_of(checkpoint), recipe, checkpoint, accept)
-    elif (folder / CONFIG_FILE).exists():  # stopped before its first checkpoint was whole
-        notes += compare(load_recipe(folder / CONFIG_FILE, cross_checks=False), recipe, folder, accept)
+    checkpoint, notes = _recognise(recipe, accept)
     if swept := sweep(folder):
         notes.append(f"removed what an interrupted save left behind: {', '.join(swept)}")
     for name in (LOGS, SAMPLES):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return checkpoint, notes
+
+
+def check_run_dir(recipe: Recipe, accept: Sequence[str] = ()) -> list[str]:
+    """Make or recognise the run folder without taking it, as before a job is submitted; notes for people.
+
+    Raises UserError as `open_run_dir`, but lets a run that is still going have its folder.
+    """
+    _check_place(recipe.run_dir)
+    return _recognise(recipe, accept)[1]
+
+
+def _recognise(recipe: Recipe, accept: Sequence[str]) -> tuple[Path | None, list[str]]:
+    folder = recipe.run_dir
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint:
+        return checkpoint, compare(_recipe_of(checkpoint), recipe, checkpoint, accept)
+    if (folder / CONFIG_FILE).exists():  # stopped before its first checkpoint was whole
+        return None, compare(load_recipe(folder / CONFIG_FILE, cross_checks=False), recipe, folder, accept)
+    return None, []
 
 
 def _recipe_of(checkpoint: Path) -> Recipe:

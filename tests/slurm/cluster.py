@@ -1,0 +1,231 @@
+"""A real SLURM on this machine, in a folder of its own: munged, slurmctld and one slurmd per virtual node.
+
+Debian's `slurm-wlm` and `munge` and the rights of root are needed; `why_not` says what is missing. The virtual nodes
+share the machine and its host name, and are told apart by SLURMD_NODENAME. There is no cgroup isolation, no accounting
+and no container, so nothing here shows those.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.distributed.helpers import free_port
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+_SBIN = "/usr/sbin:/sbin"  # not on every user's path
+_NODE = "VILG_TEST_NODE"  # in the environment of a virtual node's daemons, which the step daemons inherit
+
+# Short waits instead of a cluster's long ones; cred_expire lets a requeued job start at once instead of after 120 s.
+_CONFIG = """
+ClusterName=vilgtest
+SlurmctldHost={host}(127.0.0.1)
+CommunicationParameters=NoCtldInAddrAny
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
+SlurmctldTimeout=30
+MessageTimeout=5
+SlurmdTimeout=10
+ReturnToService=2
+KillWait=5
+MinJobAge=3600
+JobRequeue=1
+FirstJobId={first_job}
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
+{nodes}
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP
+"""
+
+
+def why_not() -> str | None:
+    """Why no cluster can be brought up here; None if one can."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    if missing:
+        return f"needs Debian's slurm-wlm and munge (apt-get install slurm-wlm munge); not found: {', '.join(missing)}"
+    if os.geteuid() != 0:
+        return "SLURM's daemons must be started by root here"
+    return None
+
+
+def _path() -> str:
+    return f"{os.environ.get('PATH', '')}:{_SBIN}"
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> object:
+    """Poll until the condition holds; its value. AssertionError with `what` after so many seconds."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"after {seconds:.0f} s: {what if isinstance(what, str) else what()}"
+        time.sleep(0.2)
+    return found
+
+
+class Cluster:
+    """A context manager. environment: for every client command. Nothing of it is left when it has ended."""
+
+    def __init__(self, folder: Path, *, nodes: int = 2) -> None:
+        self.folder, self.nodes = folder, [f"node{i + 1}" for i in range(nodes)]
+        self.daemons: dict[str, subprocess.Popen] = {}
+        self.conf = folder / "slurm.conf"
+        # A job's port for its ranks follows from its number, and other clusters may run on this machine.
+        self.first_job = 1000 + secrets.randbelow(50_000)
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "VILG"))}
+        self.environment |= {"SLURM_CONF": str(self.conf), "PATH": _path(), "GLOO_SOCKET_IFNAME": "lo"}
+
+    def __enter__(self) -> "Cluster":
+        for name in ("run", "state", "log", "dev", *(f"spool/{node}" for node in self.nodes)):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._configure()
+        try:
+            self._start_munge()
+            self._start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
+            for node in self.nodes:
+                self.start_node(node)
+            wait_for(lambda: self._idle() == len(self.nodes), 60, lambda: f"nodes not idle:\n{self.call('sinfo', '-Nl')}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "slurmctld" in self.daemons and self.daemons["slurmctld"].poll() is None:
+            self.call("scancel", "--user=root", check=False)
+        self._kill(lambda environment: f"SLURM_CONF={self.conf}" in environment)
+        for daemon in self.daemons.values():
+            daemon.kill()
+            daemon.wait()
+
+    def _configure(self) -> None:
+        host = socket.gethostname().split(".")[0]
+        nodes = [
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.1.{i + 1} Port={free_port()} CPUs=8 RealMemory=64000 "
+            "Gres=gpu:a100:4 State=UNKNOWN"
+            for i, node in enumerate(self.nodes)
+        ]
+        for i in range(4):  # devices that SLURM only counts
+            (self.folder / "dev" / f"nvidia{i}").symlink_to("/dev/null")
+        values = dict(host=host, port=free_port(), folder=self.folder, first_job=self.first_job, nodes="\n".join(nodes))
+        self.conf.write_text(_CONFIG.format(**values))
+        names = ",".join(self.nodes)
+        gres = f"NodeName={names} Name=gpu Type=a100 File={self.folder}/dev/nvidia[0-3]\n"
+        (self.folder / "gres.conf").write_text(gres)
+        version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, env=self.environment).stdout.split()[1]
+        plugin = "disabled" if tuple(map(int, version.split(".")[:2])) >= (23, 11) else "cgroup/v1"
+        (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
+
+    def _start_munge(self) -> None:
+        key, run = self.folder / "munge.key", self.folder / "run"
+        key.write_bytes(secrets.token_bytes(1024))
+        key.chmod(0o600)
+        files = [f"--key-file={key}", f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid"]
+        files += [f"--log-file={self.folder}/log/munged.log", f"--seed-file={run}/munged.seed"]
+        self._start("munged", "munged", "--foreground", "--force", "--num-threads=2", *files)
+        wait_for((run / "munge.sock").exists, 10, "munged opens no socket")
+
+    def start_node(self, node: str) -> None:
+        """Start a node, also one that was killed."""
+        self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.conf), node=node)
+
+    def _start(self, name: str, *command: str, node: str = "") -> None:
+        environment = {**self.environment, _NODE: node}
+        with open(self.folder / "log" / f"{name}.out", "ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def _idle(self) -> int:
+        lines = self.call("sinfo", "-h", "-N", "-o", "%t", check=False).split()
+        return sum(state == "idle" for state in lines)
+
+    def kill_node(self, node: str) -> None:
+        """What a power cut does: the node's daemon, its step daemons and all processes of its jobs end at once."""
+        self._kill(
+            lambda environment: f"SLURM_CONF={self.conf}" in environment
+            and (f"{_NODE}={node}" in environment or f"SLURMD_NODENAME={node}" in environment)
+        )
+        self.daemons[node].wait()
+
+    def processes(self, *, containing: str = "vilg") -> list[int]:
+        """Processes of jobs of this cluster (not its daemons) whose command line holds the word."""
+        found = []
+        for pid, environment in _environments():
+            if f"SLURM_CONF={self.conf}" in environment and any(e.startswith("SLURM_JOB_ID=") for e in environment):
+                try:
+                    command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+                except OSError:
+                    continue
+                if containing in command:
+                    found.append(pid)
+        return found
+
+    def _kill(self, belongs: Callable[[set[str]], bool]) -> None:
+        for pid, environment in _environments():
+            if pid != os.getpid() and belongs(environment):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass  # it ended by itself
+
+    def call(self, *command: str, check: bool = True) -> str:
+        """Run a client command; what it printed on stdout. AssertionError if it fails."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stderr}"
+        return done.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM knows of a job: JobState, Restarts, NodeList, ..."""
+        words = self.call("scontrol", "--oneliner", "show", "job", number, check=False).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, number: str, *states: str, seconds: float = 120, log: Sequence[Path] = ()) -> dict[str, str]:
+        """Wait until a job is in one of the states (default: a final one); what SLURM knows of it then."""
+
+        def there() -> dict[str, str] | None:
+            facts = self.job(number)
+            return facts if facts.get("JobState") in (states or FINAL) else None
+
+        def story() -> str:
+            texts = [path.read_text(errors="replace")[-3000:] for path in log if path.exists()]
+            return "\n".join([f"job {number}: {self.job(number)}", *texts])
+
+        return wait_for(there, seconds, story)
+
+
+def _environments() -> list[tuple[int, set[str]]]:
+    """(process id, its environment as NAME=value) of all processes that can be read."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                raw = (entry / "environ").read_bytes()
+            except OSError:
+                continue  # ended meanwhile
+            found.append((int(entry.name), set(raw.decode(errors="replace").split("\0"))))
+    return found
