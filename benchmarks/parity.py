@@ -24,7 +24,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,26 +79,23 @@ def make_cases(layouts: Sequence[Layout], models: Sequence[str], recompute: Sequ
     return cases
 
 
-def measure(cases: Sequence[Case], *, steps: int) -> list[Row]:
-    """One row per case; the cases of one layout share their processes, and fail together if these die."""
-    wanted = {model: reference(model, steps=steps) for model in {case.model for case in cases}}
-    rows = []
+def measure(cases: Sequence[Case], *, steps: int) -> Iterator[list[Row]]:
+    """The rows of one layout after another; its cases share their processes, and fail together if these die."""
+    wanted = {model: reference(model, steps=steps) for model in dict.fromkeys(case.model for case in cases)}
     for layout in dict.fromkeys(case.layout for case in cases):
         same = [case for case in cases if case.layout == layout]
         try:
             outcomes = run_cases(same, steps=steps, timeout=3600)
         except AssertionError as error:
-            rows += [Row(case, None, str(error)[-2000:]) for case in same]
-            print(f"{layout.name}: {error}", flush=True)
+            yield [Row(case, None, str(error)[-2000:]) for case in same]
             continue
+        rows = []
         for case in same:
             try:
-                row = Row(case, compare(outcomes[case], wanted[case.model]))
+                rows.append(Row(case, compare(outcomes[case], wanted[case.model])))
             except AssertionError as error:
-                row = Row(case, None, str(error))
-            rows.append(row)
-            print(line(row), flush=True)
-    return rows
+                rows.append(Row(case, None, str(error)))
+        yield rows
 
 
 def line(row: Row) -> str:
@@ -126,16 +123,20 @@ def main() -> int:
     cases = make_cases(layouts, options.models, options.recompute, not options.no_extras)
     title = f"relative error over {options.steps} steps"
     print(f"{title:<72} {'loss':>8} {'norm':>8} {'gradient':>8} {'logits':>8}")
-    rows = measure(cases, steps=options.steps)
-    passed = sum(row.passed for row in rows)
-    print(f"{passed} of {len(rows)} cases below {TOLERANCE:g}, {time.monotonic() - started:.0f} s")
     whole = len(cases) == len(make_cases(LAYOUTS, list(MODELS), list(RECOMPUTE), True)) and options.steps == STEPS
-    if path := options.json or (RESULT if whole else None):
-        write(path, rows, steps=options.steps, seconds=time.monotonic() - started)
-    return 0 if passed == len(rows) else 1
+    path = options.json or (RESULT if whole else None)
+    rows: list[Row] = []
+    for found in measure(cases, steps=options.steps):
+        rows += found
+        print("\n".join(map(line, found)), flush=True)
+        if path:  # what is there stays, should the rest not end
+            write(path, rows, planned=len(cases), steps=options.steps, seconds=time.monotonic() - started)
+    passed = sum(row.passed for row in rows)
+    print(f"{passed} of {len(cases)} cases below {TOLERANCE:g}, {time.monotonic() - started:.0f} s")
+    return 0 if passed == len(cases) else 1
 
 
-def write(path: Path, rows: Sequence[Row], *, steps: int, seconds: float) -> None:
+def write(path: Path, rows: Sequence[Row], *, planned: int, steps: int, seconds: float) -> None:
     """The result with what it hangs on."""
     content = {
         "format_version": 1,
@@ -150,9 +151,10 @@ def write(path: Path, rows: Sequence[Row], *, steps: int, seconds: float) -> Non
         "commit": source_commit(),
         "seconds": round(seconds),
         "largest": {
-            key: max(getattr(row.errors, key) for row in rows if row.errors)
+            key: max((getattr(row.errors, key) for row in rows if row.errors), default=None)
             for key in ("loss", "norm", "gradient", "logits")
         },
+        "planned": planned,
         "passed": sum(row.passed for row in rows),
         "cases": [
             {
