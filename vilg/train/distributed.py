@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from vilg.errors import UserError
-from vilg.parallel.ranks import Ranks
+from vilg.parallel.ranks import Ranks, SharedError
 
+USER_MISTAKE = 2
 _TIMEOUT = timedelta(minutes=30)
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Read timeout")
@@ -26,6 +28,7 @@ def distributed(device: torch.device) -> Iterator[Ranks]:
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under srun the first three come from
     SLURM_*; without either this is one process, which needs no port. In the end: barrier, destroy, flush (without them
     a rank aborted at exit in 2 of 30 runs). Raises UserError for an incomplete environment and a port in use.
+    On GPUs a rank that fails by itself does not wait for the others (`leave_at_once`).
     """
     quiet()
     found = process_environment(os.environ)
@@ -44,9 +47,13 @@ def distributed(device: torch.device) -> Iterator[Ranks]:
     try:
         yield ranks
         ranks.barrier()
-    except RuntimeError as error:
-        if world > 1 and any(text in str(error) for text in _LOST_PEER):
-            sys.exit(f"vilg: rank {rank}: another rank ended ({str(error).splitlines()[0]}); its own message says why")
+    except BaseException as error:
+        leaves = leave_at_once if world > 1 and device.type == "cuda" else None
+        if world > 1 and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER):
+            cause = str(error).splitlines()[0]
+            (leaves or sys.exit)(f"vilg: rank {rank}: another rank ended ({cause}); its own message says why")
+        if leaves and not isinstance(error, (SharedError, SystemExit)):
+            leaves(error)
         raise
     finally:
         dist.destroy_process_group()
@@ -54,6 +61,20 @@ def distributed(device: torch.device) -> Iterator[Ranks]:
             del os.environ[name]
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def leave_at_once(what: BaseException | str) -> None:
+    """Print what happened on this rank and end the process, so that its launcher ends the others.
+
+    To take an NCCL group down in order means to wait for collectives that the other ranks may never finish.
+    """
+    mistake = isinstance(what, UserError)
+    if isinstance(what, BaseException):
+        what = f"vilg: error: {what}" if mistake else "".join(traceback.format_exception(what))
+    print(what, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(USER_MISTAKE if mistake else 1)
 
 
 def process_environment(environment: Mapping[str, str]) -> dict[str, str]:

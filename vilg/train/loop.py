@@ -9,13 +9,12 @@ import torch
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.parallel.ranks import Ranks, SharedError
-from vilg.train.distributed import distributed, process_environment
+from vilg.train.distributed import USER_MISTAKE, distributed, process_environment
 from vilg.train.guards import StopSignals
 from vilg.train.open import open_run, read_arguments
 from vilg.train.requests import STOP_FILE
 from vilg.train.step import count, plan_step
 
-USER_MISTAKE = 2
 # Seconds that rank 0 has to print what all ranks have found wrong; its launcher then ends the others. One that is still
 # there afterwards prints too: its node may see other files.
 _MAIN_FIRST = 15.0
