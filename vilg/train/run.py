@@ -151,7 +151,7 @@ class Run:
             tokenizers=self.tokenizers,
             parameters=self.parameters,
         )
-        files = {**self.engine.files(copy=copy), **self._probe_files()}
+        files = {**self.ranks.together(lambda: self.engine.files(copy=copy)), **self._probe_files()}
         self.saver.begin(state, files)
         self.saved_step, self._stopped = self.step, time.perf_counter() - started
 
