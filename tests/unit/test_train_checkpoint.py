@@ -132,10 +132,13 @@ def test_a_save_in_the_background_is_published_only_when_it_is_written(tmp_path)
         assert gate.wait(60)
         return write(path)
 
-    saver.begin(state(2), {"weights.bin": slow})
+    live = state(2)
+    saver.begin(live, {"weights.bin": slow})
     assert saver.poll() is None and latest_checkpoint(tmp_path).name == step_name(1)
+    live.skipped["total"] = 7  # of a later step
     gate.set()
     assert saver.wait().path == latest_checkpoint(tmp_path) and read_state(latest_checkpoint(tmp_path)).step == 2
+    assert read_state(latest_checkpoint(tmp_path)).skipped["total"] == 0
     assert saver.wait() is saver.poll() is None  # nothing is under way
 
 

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class Saver:
         return self._job is not None
 
     def begin(self, state: RunState, files: Files) -> None:
-        """Start writing this rank's files; they must not change any more. An earlier save is finished first.
+        """Start writing this rank's files, which must not change any more. An earlier save is finished first.
 
         Raises SharedError on all ranks if any of the two fails; the checkpoint before is then untouched.
         """
@@ -66,7 +67,7 @@ class Saver:
         started = time.monotonic()
         final = self.run_dir / CHECKPOINTS / step_name(state.step)
         partial = final.with_name(f".{final.name}{_PARTIAL}")
-        self._job = job = _Job(state, final, partial, started)
+        self._job = job = _Job(deepcopy(state), final, partial, started)  # training goes on counting in it
         try:
             self.ranks.on_main(lambda: _fresh_folder(partial))
         except SharedError as error:
