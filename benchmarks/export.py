@@ -36,10 +36,14 @@ from benchmarks.synthetic_checkpoint import TEN_BILLION_LAYERS, check_format, re
 from vilg.checkpoint.state import source_commit, versions
 
 ROUNDS = 3
-_ZERO_TO_FP32 = (
-    "import sys; from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert; "
-    "convert(sys.argv[1], sys.argv[2], safe_serialization=True, tag=sys.argv[3])"
-)
+_ZERO_TO_FP32 = """
+import os, sys
+from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert
+convert(sys.argv[1], sys.argv[2], safe_serialization=True, tag=sys.argv[3])
+for entry in os.scandir(sys.argv[2]):
+    with open(entry.path, "rb+") as stream:
+        os.fsync(stream.fileno())
+"""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def measure(checkpoint: Path, folder: Path, *, with_peer: bool) -> dict:
     run("export fp32, verified", export("--dtype", "fp32"))
     run("export bf16, verified", export("--dtype", "bf16"))
     run("cp of the checkpoint", copied(checkpoint))
-    if with_peer:
+    for _ in range(ROUNDS if with_peer else 0):
         run("zero_to_fp32", [sys.executable, "-c", _ZERO_TO_FP32, str(checkpoint.parent), str(copy), checkpoint.name])
     medians = {name: statistics.median(m.seconds for m in found) for name, found in runs.items()}
     peaks = {name: max(m.anonymous for m in found) for name, found in runs.items()}

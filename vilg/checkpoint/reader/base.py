@@ -46,6 +46,18 @@ class Weights(ABC):
         """The whole parameter, or its moment; may be a view of the mapped file, so do not write into it."""
         return self.part(name, kind=kind, rank=0, size=1)
 
+    def pieces(self, name: str, *, kind: Kind) -> Iterator[Tensor]:
+        """The numbers of the whole parameter in order, flat, some at a time, joined only where the files cut across."""
+        if self.tensor_size > 1 and layout.rule_of(name).dim not in (None, 0):
+            yield self.read(name, kind=kind).reshape(-1)
+            return
+        for rank in range(self.tensor_size if layout.rule_of(name).dim == 0 else 1):
+            yield from self._fragments(name, kind, rank)
+
+    def _fragments(self, name: str, kind: Kind, rank: int) -> Iterator[Tensor]:
+        """What a tensor rank wrote, flat, as it lies in the files."""
+        yield self._checked(name, kind, rank).reshape(-1)
+
     def part(self, name: str, *, kind: Kind, rank: int, size: int) -> Tensor:
         """What tensor rank `rank` of `size` holds, contiguous or a view; touches only the files that it lies in."""
         pieces = self.tensor_size

@@ -52,21 +52,35 @@ class DeepSpeedWeights(Weights):
         return int(entry.get("step", group.get("step", 0)))  # apex counts in the group
 
     def _local(self, name: str, kind: Kind, rank: int) -> Tensor:
-        if self.stage < 3 and (kind == "weight" or (kind == "master" and not self.has_masters)):
-            return self._module(name, rank)
-        shape = self.local_shape(name)
+        if not self._in_fragments(kind):
+            return self._whole(name, kind, rank)
+        flats = list(self._fragments(name, kind, rank))
+        return (flats[0] if len(flats) == 1 else torch.cat(flats)).view(self.local_shape(name))
+
+    def _in_fragments(self, kind: Kind) -> bool:
+        """Whether data ranks hold pieces of what a tensor rank has of a parameter."""
+        if kind in MOMENTS:
+            return self.stage > 0 and self.optimizer_steps > 0
+        return self.stage == 3 or (self.stage > 0 and kind == "master" and self.has_masters)
+
+    def _whole(self, name: str, kind: Kind, rank: int) -> Tensor:
         if kind in MOMENTS and not self.optimizer_steps:
-            return torch.zeros(shape)
-        mp_rank = self._model_rank(name, rank)
-        if self.stage == 0:
-            return self._numbered(mp_rank)[name][0][kind]
-        flats = [_cut(address, entry, kind) for address, entry, _ in self._pieces(mp_rank)[name]]
-        count = math.prod(shape)
-        flat = flats[0] if len(flats) == 1 else torch.cat(flats)
-        if flat.numel() < count:
-            raise UserError(f"{self.folder}: {kind} of {name} is incomplete: {flat.numel()} of {count} numbers")
-        whole = flat[:count].view(shape)
-        return whole.to(self.dtype) if kind == "weight" else whole
+            return torch.zeros(self.local_shape(name))
+        if kind == "weight" or (kind == "master" and not self.has_masters):
+            return self._module(name, rank)
+        return self._numbered(self._model_rank(name, rank))[name][0][kind]
+
+    def _fragments(self, name: str, kind: Kind, rank: int) -> Iterator[Tensor]:
+        if not self._in_fragments(kind):
+            yield from super()._fragments(name, kind, rank)
+            return
+        count = missing = math.prod(self.local_shape(name))
+        for address, entry, _ in self._pieces(self._model_rank(name, rank))[name]:
+            flat = _cut(address, entry, kind)[:missing]  # ZeRO 3 pads the last part
+            missing -= flat.numel()
+            yield flat.to(self.dtype) if kind == "weight" else flat
+        if missing:
+            raise UserError(f"{self.folder}: {kind} of {name} is incomplete: {count - missing} of {count} numbers")
 
     def _module(self, name: str, rank: int) -> Tensor:
         if self.pipeline == 1:
