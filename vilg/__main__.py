@@ -43,6 +43,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("submit", "vilg.tools.submit:main", "check a recipe and hand it to SLURM as a batch job"),
         Command("train", "vilg.train.loop:main", "train a recipe, or continue its run; under torchrun, srun or alone"),
         Command("inspect", "vilg.checkpoint.inspect:main", "what a run or a checkpoint holds"),
+        Command("monitor", "vilg.tools.monitor:main", "draw the logs of one or several runs as charts and one page"),
     ),
     "3. Export and use": (
         Command("export", "vilg.checkpoint.export:main", "turn a checkpoint into one folder of safetensors"),

@@ -43,7 +43,7 @@ def loss_plot(metrics: Sequence[dict[str, float]], path: Path, *, title: str) ->
     for key, label, color in _LOSSES:
         values = np.array([line.get(key) if line.get(key) is not None else np.nan for line in metrics], float)
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        smooth = _smoothed(values)
+        smooth = smoothed(values)
         axes.plot(steps, smooth, color=color, linewidth=1.6, label=f"{label}: {smooth[-1]:.3f} at the end")
     axes.set(xlabel="optimizer step", ylabel="loss, nats per target token", title=title, xlim=(0, steps[-1]))
     axes.set_ylim(bottom=0)
@@ -53,6 +53,11 @@ def loss_plot(metrics: Sequence[dict[str, float]], path: Path, *, title: str) ->
     rate.set_ylabel("learning rate (dotted)", color="#777777")
     rate.set_ylim(bottom=0)
     axes.legend(loc="upper right", frameon=False)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, atomically. Raises UserError if `path` cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(temporary, format="png")
@@ -62,9 +67,10 @@ def loss_plot(metrics: Sequence[dict[str, float]], path: Path, *, title: str) ->
     return path
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a fiftieth of the curve; gaps (NaN) are left out of the mean."""
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a fiftieth of the curve; gaps (NaN) are left out of the mean; wider ones stay."""
     width = max(1, len(values) // 50)
     known = np.nan_to_num(values)
     weights = np.convolve(~np.isnan(values), np.ones(width), "same")
-    return np.convolve(known, np.ones(width), "same") / np.maximum(weights, 1)
+    means = np.convolve(known, np.ones(width), "same") / np.maximum(weights, 1)
+    return np.where(weights > 0, means, np.nan)
