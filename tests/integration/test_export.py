@@ -28,6 +28,7 @@ from vilg.model.vilg import Vilg
 from vilg.parallel import layout
 from vilg.parallel.grid import Grid
 from vilg.tokens.text import train_text_tokenizer
+from vilg.train.changes import compare
 
 SHORT = {
     "schedule.steps": 2,
@@ -132,6 +133,14 @@ def test_an_export_that_does_not_fit_the_recipe_is_refused_naming_both_values(da
     assert "tokens.text_slots is 12 in the recipe, 16 in the export" in message
     assert f"hash ffffffffffff, the export was trained with {description.tokenizers['image'][:12]}" in message
     assert "dropout" not in message
+
+
+def test_a_run_goes_on_when_its_start_has_moved(data):
+    def recipe(*more: str):
+        return load_recipe(DEBUG_RECIPE, [*(f"{k}={v}" for k, v in data.items()), "run_dir=x", *more])
+
+    [note] = compare(recipe("init_from=elsewhere"), recipe(), Path("run"))
+    assert "init_from" in note and "only a new run reads it" in note
 
 
 def test_a_damaged_export_is_no_start(data, exported, tmp_path):

@@ -17,6 +17,7 @@ from vilg.errors import UserError
 HARMLESS = {
     "name": "only a label",
     "run_dir": "the folder was moved",
+    "init_from": "only a new run reads it",
     "logging.*": "only what is shown",
     "samples.*": "only what is drawn",
     "checkpoint.*": "only when checkpoints are saved",
