@@ -62,6 +62,14 @@ def _reference() -> list[Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
+def _for_two_ranks(file: Path, folder: Path) -> Path:
+    """The file; a copy for nodes of two ranks where it is for nodes of eight, for DeepSpeed refuses that with two."""
+    text = file.read_text(encoding="utf-8")
+    smaller = folder / file.name
+    smaller.write_text(text.replace('"zero_hpz_partition_size": 8', '"zero_hpz_partition_size": 2'), encoding="utf-8")
+    return smaller
+
+
 def _train(rank: int, world_size: int, cases: list[tuple[Path, str]]) -> list[list[Tensor]]:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -84,8 +92,9 @@ def _train(rank: int, world_size: int, cases: list[tuple[Path, str]]) -> list[li
     return results
 
 
-def test_shipped_files_train_like_one_process():
-    cases = [(file, "fp32") for file in FILES] + [(f, "bf16") for f in FILES if f.name != "zero0.json"]
+def test_shipped_files_train_like_one_process(tmp_path):
+    files = [_for_two_ranks(file, tmp_path) for file in FILES]
+    cases = [(file, "fp32") for file in files] + [(f, "bf16") for f in files if f.name != "zero0.json"]
     tolerance = {"fp32": 1e-5, "bf16": 5e-3}
     expected = _reference()
     for rank_results in run_distributed(2, _train, (cases,)):

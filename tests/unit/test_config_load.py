@@ -81,6 +81,35 @@ def test_dumped_recipe_loads_as_the_same_recipe(write, tmp_path):
     assert load_recipe(again) == recipe
 
 
+def test_recipe_starts_from_its_base_and_says_in_which_file_a_mistake_stands(write, tmp_path):
+    base = write()
+    heir = tmp_path / "heir.yaml"
+    heir.write_text(f"base: {base.name}\nname: heir\nmodel:\n  num_heads: 1\ntokens:\n  grid: [4, 2]\n", encoding="utf-8")
+    recipe, first = load_recipe(heir), load_recipe(base)
+    assert (recipe.name, recipe.model.num_heads, recipe.tokens.grid) == ("heir", 1, (4, 2))
+    assert recipe.model.hidden_size == first.model.hidden_size and recipe.optimizer == first.optimizer
+    heir.write_text(f"base: {base.name}\nmodel:\n  num_heads: 7\n  hiden: 1\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_recipe(heir, ["optimizer.lr=-1"])
+    assert f"{heir}:4:3: model.hiden: unknown key" in str(error.value)
+    assert f"{heir}:3:3: model.hidden_size={first.model.hidden_size} is not divisible" in str(error.value)
+    assert "--optimizer.lr=-1: " in str(error.value)
+    base.write_text(base.read_text(encoding="utf-8").replace("seed:", "sead:") + "\nsead: 1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{base}:\d+:1: sead: unknown key"):
+        load_recipe(heir)
+
+
+def test_recipe_that_starts_from_itself_or_from_nothing_is_refused(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("base: second.yaml\n")
+    second.write_text("base: first.yaml\n")
+    with pytest.raises(UserError, match="starts from itself: first.yaml -> second.yaml -> first.yaml"):
+        load_recipe(first)
+    second.write_text("base: secnd.yaml\n")
+    with pytest.raises(UserError, match=r"second.yaml:1:1: base: recipe .*secnd.yaml does not exist; did you mean"):
+        load_recipe(second)
+
+
 def test_unknown_key_names_the_nearest_one_with_its_position(write):
     path = write(("text_slots: 16", "text_slost: 16"))
     message = message_of(path)

@@ -24,10 +24,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What rules know beside the recipe; None where nothing is known yet."""
+    """What rules know beside the recipe; None where nothing is known yet.
+
+    node_ranks: ranks that share a second copy of the weights (`deepspeed.secondary_partition`).
+    """
 
     world_size: int | None = None
     zero_stage: int | None = None
+    node_ranks: int | None = None
 
 
 Rule = Callable[[Any, Surroundings], Iterator[Problem]]
@@ -175,6 +179,25 @@ def _zero(r: Any, known: Surroundings) -> Iterator[Problem]:
         )
 
 
+def _node(r: Any, known: Surroundings) -> Iterator[Problem]:
+    ranks, split = known.node_ranks, r.parallel.tensor * r.parallel.pipeline
+    if r.parallel.engine == "torch" or ranks is None:
+        return
+    if known.zero_stage != 3:
+        yield Problem(
+            "parallel.deepspeed",
+            f"{r.parallel.deepspeed} has zero_hpz_partition_size={ranks}, which copies weights that only ZeRO stage 3 "
+            "cuts; take it out, or use stage 3",
+        )
+    elif known.world_size is not None and known.world_size % (split * ranks):
+        yield Problem(
+            "parallel.deepspeed",
+            f"{r.parallel.deepspeed} has zero_hpz_partition_size={ranks}, but {known.world_size} processes make "
+            f"{known.world_size // split} data-parallel ranks; start a multiple of {split * ranks} processes, or use "
+            "ds_configs/zero3.json",
+        )
+
+
 def _processes(r: Any, known: Surroundings) -> Iterator[Problem]:
     world, tensor, pipeline = known.world_size, r.parallel.tensor, r.parallel.pipeline
     if world is not None and world % (tensor * pipeline):
@@ -296,6 +319,7 @@ RULES: tuple[Rule, ...] = (
     _sequence,
     _recompute,
     _zero,
+    _node,
     _processes,
     _batch,
     _schedule,

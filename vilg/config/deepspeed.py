@@ -34,6 +34,19 @@ def zero_stage(values: dict) -> Any:
     return section.get("stage", 0) if isinstance(section, dict) else 0
 
 
+def secondary_partition(values: dict) -> int | None:
+    """Ranks of a node that share a second copy of the weights (ZeRO++ hpZ, 2306.10209 section 3.2); None without it."""
+    section = values.get("zero_optimization", {})
+    size = section.get("zero_hpz_partition_size", 1) if isinstance(section, dict) else 1
+    return size if type(size) is int and size > 1 else None
+
+
+def offloads_optimizer(values: dict) -> bool:
+    """Whether the optimizer's state lives in the host's memory, where its step then runs."""
+    section = values.get("zero_optimization", {}).get("offload_optimizer", {})
+    return section.get("device", "none") == "cpu"
+
+
 def merged_deepspeed_config(recipe: Recipe, *, data_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`: the recipe's DeepSpeed file and what the recipe owns.
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from vilg.config.check import NotGiven, Surroundings, find_problems
-from vilg.config.deepspeed import read_deepspeed_file, zero_stage
+from vilg.config.deepspeed import read_deepspeed_file, secondary_partition, zero_stage
 from vilg.config.marked import KeyPath, Marked, Place, did_you_mean, dotted, read_file, read_value, write_yaml
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
@@ -38,15 +38,12 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe; `overrides` like `optimizer.lr=1e-3` (a leading `--` is allowed) replace single keys.
 
-    Relative paths inside stay relative to the current directory. With `world_size` (processes of this run) the rules
+    A recipe may start from another: `base: FILE`, beside it, whose keys hold unless they are given again. Other relative
+    paths inside stay relative to the current directory. With `world_size` (processes of this run) the rules
     that depend on it are checked too; `cross_checks=False` reads a recipe whose files may lie on another machine.
     Raises UserError naming all problems as `file:line:column: key: message`.
     """
-    marked = read_file(path, what="recipe")
-    if marked.value is None:
-        raise UserError(f"recipe {path} is empty")
-    if not isinstance(marked.value, dict):
-        raise UserError(f"{marked.place(())}: a recipe is a mapping of sections, like 'model: {{num_layers: 4}}'")
+    marked = _read_with_base(Path(path), ())
     problems = marked.problems
     for override in overrides:
         _apply_override(marked, override)
@@ -72,6 +69,50 @@ def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         is_key = match and ("." in match[1] or match[1] in Recipe.model_fields)
         (overrides if is_key else rest).append(argument)
     return overrides, rest
+
+
+def _read_with_base(path: Path, heirs: tuple[Path, ...]) -> Marked:
+    """The recipe's values over those of its base. Raises UserError; `heirs`: the recipes that start from this one."""
+    if path.resolve() in heirs:
+        raise UserError(f"recipe {path} starts from itself: {' -> '.join(p.name for p in (*heirs, path))}")
+    marked = read_file(path, what="recipe")
+    if marked.value is None:
+        raise UserError(f"recipe {path} is empty")
+    if not isinstance(marked.value, dict):
+        raise UserError(f"{marked.place(())}: a recipe is a mapping of sections, like 'model: {{num_layers: 4}}'")
+    if "base" not in marked.value:
+        return marked
+    name, place = marked.value.pop("base"), marked.place(("base",))
+    if not isinstance(name, str):
+        raise UserError(f"{place}: base: should be the name of a recipe's file; found {_shown(name)}")
+    try:
+        base = _read_with_base(path.parent / name, (*heirs, path.resolve()))
+    except UserError as error:
+        raise UserError(f"{place}: base: {error}") from None
+    return Marked(
+        marked.source,
+        _joined(base.value, marked.value),
+        {key: where for key, where in base.places.items() if not _replaced(key, marked.value)} | marked.places,
+        base.problems + marked.problems,
+    )
+
+
+def _joined(base: Any, over: Any) -> Any:
+    """Sections key by key; everything else as `over` says."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return base | {key: _joined(base.get(key), value) for key, value in over.items()}
+
+
+def _replaced(path: KeyPath, over: Any) -> bool:
+    """Whether the value at `path` is one that `over` gives anew as a whole."""
+    for part in path:
+        if not isinstance(over, dict):
+            return True
+        if part not in over:
+            return False
+        over = over[part]
+    return not isinstance(over, dict)
 
 
 def _apply_override(marked: Marked, override: str) -> None:
@@ -173,18 +214,19 @@ def _all_keys(section: type[BaseModel], around: KeyPath) -> Iterator[KeyPath]:
 def _cross_problems(recipe: Any, marked: Marked, world_size: int | None) -> list[tuple[Place, str]]:
     """Problems of the DeepSpeed file and of the cross rules; a file that cannot be read is a problem of its key."""
     found: list[tuple[Place, str]] = []
-    stage = None
+    stage = node_ranks = None
     try:
         if recipe.parallel.engine == "deepspeed":
             deepspeed = read_deepspeed_file(recipe.parallel.deepspeed)
             found.extend(deepspeed.problems)
             stage = zero_stage(deepspeed.value)
             stage = stage if type(stage) is int else None
+            node_ranks = secondary_partition(deepspeed.value)
     except NotGiven:
         pass  # the key itself is wrong, which the schema has said
     except UserError as error:
         found.append((marked.place(("parallel", "deepspeed")), str(error)))
-    for problem in find_problems(recipe, Surroundings(world_size, stage)):
+    for problem in find_problems(recipe, Surroundings(world_size, stage, node_ranks)):
         found.append((marked.place(tuple(problem.key.split("."))), problem.message))
     return found
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from vilg.checkpoint.reader import Weights
 from vilg.checkpoint.save import Files
 from vilg.checkpoint.tensors import DEEPSPEED_CLASSES, host_copy, load_tensors, save_tensors
-from vilg.config.deepspeed import merged_deepspeed_config, zero_stage
+from vilg.config.deepspeed import merged_deepspeed_config, offloads_optimizer, zero_stage
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
@@ -55,7 +55,8 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed(device)
         model = model.to(device).train()
         groups = optim.parameter_groups(list(model.named_parameters()), recipe.optimizer.weight_decay)
-        optimizer, self.optimizer_name = optim.build_adamw(groups, recipe.optimizer, device)
+        stepped_on = torch.device("cpu") if offloads_optimizer(config) else device
+        optimizer, self.optimizer_name = optim.build_adamw(groups, recipe.optimizer, stepped_on)
         self.config = config
         with silent():
             self.engine = self._wrap(deepspeed, model, optimizer)
@@ -85,7 +86,9 @@ class DeepSpeedEngine:
         # DeepSpeed makes the folder that it believes it writes to, and leaves scripts there that unpickle.
         with tempfile.TemporaryDirectory() as unused, silent():
             self.engine.save_checkpoint(unused, tag="checkpoint", save_latest=False)
-        taken, self.tensor_files.taken = self.tensor_files.taken, {}  # the copies live no longer than their writing
+        (taken, failure), self.tensor_files.kept = self.tensor_files.kept, ({}, None)  # copies live until they are written
+        if failure:  # only now: DeepSpeed has waited for all ranks inside
+            raise failure
         return {name: partial(save_tensors, state) for name, state in taken.items()}
 
     def load(self, folder: Path) -> None:
@@ -192,10 +195,15 @@ def _checkpoint_engine():
 
     class TensorFiles(TorchCheckpointEngine):
         copy = False
-        taken: dict[str, Any] = {}
+        kept: tuple[dict[str, Any], Exception | None] = ({}, None)  # file name -> what it will hold; the first failure
 
         def save(self, state_dict: Any, path: str) -> None:
-            self.taken = {**self.taken, Path(path).name: host_copy(state_dict) if self.copy else state_dict}
+            taken, failure = self.kept
+            try:
+                taken = {**taken, Path(path).name: host_copy(state_dict) if self.copy else state_dict}
+            except Exception as error:  # too little host memory; `files` raises it
+                failure = failure or error
+            self.kept = taken, failure
 
         def load(self, path: str, map_location: Any = None) -> Any:
             return load_tensors(path, map_location=map_location, classes=classes)
