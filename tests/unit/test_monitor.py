@@ -71,7 +71,7 @@ def test_several_runs_share_the_charts_and_are_told_apart_by_folder(tmp_path):
 def test_the_card_tells_a_living_run_from_a_silent_one(tmp_path, state, age, expected, tone):
     found = summary(read_run(make_run(tmp_path / "run", state=state, age=age)), now=NOW)
     assert (found["state"], found["tone"]) == (expected, tone)
-    assert found["percent"] == 80.0 and found["troubles"] == ["1 non-finite", "1 rollback(s)"]
+    assert found["percent"] == 80.0 and found["troubles"] == ["1 non-finite", "1 rollback"]
     shown = {figure["name"]: figure["value"] for figure in found["figures"]}
     assert shown["loss"] == "5.000" and shown["throughput"] == "40,000" and shown["last checkpoint"] == "20"
 

@@ -92,11 +92,8 @@ def write_page(runs: Sequence[RunLogs], out: Path, *, now: float) -> Path:
         )
         for chart in draw_charts(curves, out)
     ]
-    events = sorted(
-        (event | {"run": curve.name, "colour": curve.colour} for curve in curves for event in curve.events),
-        key=lambda event: event["time"],
-        reverse=True,
-    )
+    events = [event | {"run": curve.name, "colour": curve.colour} for curve in curves for event in curve.events]
+    events = sorted(events, key=lambda event: event["time"])[::-1]  # of one moment the last one first
     notable = [_event(event) for event in events if event["event"] not in _ROUTINE]
     environment = Environment(
         loader=PackageLoader("vilg.pictures", "assets"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -131,13 +128,13 @@ def summary(run: RunLogs, *, now: float) -> dict[str, Any]:
         ("last checkpoint", f"{save['step']:,}", f"{duration(max(0, now - save['time']))} ago") if save else None,
     ]
     troubles = [
-        f"{counts[kind]} {words}"
+        f"{counts[kind]} {words}" + ("s" if counts[kind] > 1 and kind != "nonfinite" else "")
         for kind, words in (
             ("nonfinite", "non-finite"),
-            ("spike", "spike(s)"),
-            ("rollback", "rollback(s)"),
-            ("hang", "hang(s)"),
-            ("error", "error(s)"),
+            ("spike", "spike"),
+            ("rollback", "rollback"),
+            ("hang", "hang"),
+            ("error", "error"),
         )
         if counts[kind]
     ]
