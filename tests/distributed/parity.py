@@ -52,7 +52,14 @@ SHAPE = {
 }
 MODELS = {
     "sparse": {"model.dropout": 0.1, "model.qk_norm": True},
-    "dense": {"model.attention": "dense", "model.norm": "rmsnorm", "model.dropout": 0.1},
+    "dense": {
+        "model.attention": "dense",
+        "model.norm": "rmsnorm",
+        "model.sandwich_norm": True,
+        "model.embedding_gradient": 0.1,
+        "model.dropout": 0.1,
+        "loss.z_loss": 1e-3,
+    },
 }
 # What a DeepSpeed file may add to ZeRO; the second needs stage 3 and cuts the weights over two ranks of the data ranks.
 ZERO_EXTRAS = {
