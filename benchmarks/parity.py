@@ -5,11 +5,11 @@
     python benchmarks/parity.py --no-extras --steps 5
 
 Layouts are (tensor, pipeline, data, ZeRO), each with sequence parallelism off and on where tensor > 1, with every way of
-recomputing activations, for a sparse model (with QK-norm) and a dense one (with
-RMSNorm, Sandwich-LN, a scaled embedding gradient, z-loss), both with dropout; then the optimizer in host memory (with every ZeRO
-layout) and hierarchical partitioning (`zero_hpz_partition_size`). Micro-batches mix both directions, and some have one
-only. Model and engine are built as `vilg train` builds them (tests/distributed/parity.py). Compared with the torch engine
-in one process, fp32, gloo, the same initial weights, relative errors:
+recomputing activations, for a sparse model (with QK-norm) and a dense one (with RMSNorm, Sandwich-LN, a scaled embedding
+gradient, z-loss), both with dropout; then the optimizer in host memory (with every ZeRO layout) and hierarchical
+partitioning (`zero_hpz_partition_size`). Micro-batches mix both directions, and some have one only. Model and engine are
+built as `vilg train` builds them (tests/distributed/parity.py). Compared with the torch engine in one process, fp32, gloo,
+the same initial weights, relative errors:
 
 - loss and gradient norm of each of 20 steps (AdamW, warm-up 5, clipping at norm 1, which is active);
 - the gathered, clipped gradient of step 1 of every parameter (2-norm), read from the checkpoint that the layout writes;

@@ -89,8 +89,8 @@ class PipeLoss:
     """Loss of one micro-batch on the last stage: scales [4] times `loss_sums`, added up, times `factor`.
 
     factor: micro-batches * data size, which undoes DeepSpeed's averaging over both; gradients are then those of the sum
-    over the global batch. `sums` adds up `loss_sums`, fp64 [4] on this rank, since `begin`; it stays
-    zero on all stages but the last.
+    over the global batch. `sums` adds up `loss_sums`, fp64 [4] on this rank, since `begin`; it stays zero on all stages
+    but the last.
     """
 
     def __init__(self, *, group: Group, factor: int, z_loss: bool):
@@ -115,7 +115,8 @@ class VilgPipe(PipelineModule):
     """This rank's stage, for `deepspeed.initialize` with `DEEPSPEED_SETTINGS`. Parameters have the names of `Vilg` and
     are NaN until filled. Stages are cut by the layers' operations (`size.stage_bounds`).
 
-    factor, z_loss: see `PipeLoss`, which is `self.loss_fn`. `torch.distributed` must be initialised, `grid` built with `pipeline` > 1, LOCAL_RANK set.
+    factor, z_loss: see `PipeLoss`, which is `self.loss_fn`. `torch.distributed` must be initialised, `grid` built with
+    `pipeline` > 1, LOCAL_RANK set.
     """
 
     def __init__(
