@@ -6,8 +6,6 @@ import torch.nn.functional as F
 
 from tests.distributed.helpers import run_distributed
 from tests.model_support import mixed_batch, tiny_config, tiny_model
-from vilg.config import load_recipe
-from vilg.config.schema import BatchConfig, ParallelConfig
 from vilg.model.loss import direction_losses
 from vilg.parallel import layout
 from vilg.parallel.grid import Grid
@@ -16,8 +14,6 @@ from vilg.parallel.loss import cross_entropy_sum
 from vilg.parallel.ops import copy_to_group, gather_last, gather_slots, split_slots
 from vilg.parallel.rng import sequence_seeds
 from vilg.tokens.sequence import IGNORE, SequenceSpec
-from vilg.train.engine import build_engine
-from vilg.train.step import plan_step
 
 B, S, C, OUT, V = 2, 6, 8, 12, 10
 SPEC = SequenceSpec(text_slots=8, grid=(4, 4), text_vocab_size=24, image_vocab_size=16)  # 24 slots: 2 and 4 divide them
@@ -169,36 +165,6 @@ def test_whole_model_has_the_losses_and_gradients_of_one_process(size, config, s
         merged = layout.merge(name, [gradients[name] for _, gradients in ranks])
         error = (merged - gradient).norm() / gradient.norm()
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
-
-
-def engine_steps(rank: int, size: int, tensor: int, stage: int):
-    """Loss and gradient norm of each of three steps of the trainer's engine."""
-    parallel = dict(tensor=tensor, deepspeed=f"ds_configs/zero{stage}.json") if size > 1 else dict(engine="torch")
-    recipe = load_recipe("launch/recipes/debug.yaml").model_copy(
-        update=dict(
-            model=tiny_config(),
-            parallel=ParallelConfig(**parallel),
-            batch=BatchConfig(global_size=14, micro_size=7),
-        )
-    )
-    grid = Grid.build(tensor=tensor)
-    engine = build_engine(recipe, grid, tiny_model(spec=SPEC, grid=grid), torch.device("cpu"))
-    batches = [mixed_batch(SPEC, seed=i) for i in range(2)]  # the global batch
-    mine = batches[grid.data_rank :: grid.data_size]
-    counts = [sum(counts) for counts in zip(*(batch.target_counts() for batch in batches))]
-    history = []
-    for step in range(10, 13):  # past the warm-up, so that updates show in the next loss
-        plan = plan_step(recipe, step, text_targets=counts[0], image_targets=counts[1])
-        result = engine.train_step(mine, plan)
-        history += [float(result.loss), float(result.grad_norm)]
-    return history
-
-
-@pytest.mark.parametrize(("size", "stage"), [(2, 1), (4, 2)], ids=["tensor 2, ZeRO 1", "tensor 2 x data 2, ZeRO 2"])
-def test_trainer_has_the_losses_and_gradient_norms_of_one_process(size, stage):
-    wanted = engine_steps(0, 1, 1, 0)
-    for history in run_distributed(size, engine_steps, (2, stage)):
-        assert history == pytest.approx(wanted, rel=1e-4)
 
 
 def local_weights(rank: int, size: int, tensor: int):
