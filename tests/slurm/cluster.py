@@ -108,7 +108,7 @@ class Cluster:
             self._start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
             for node in self.nodes:
                 self.start_node(node)
-            wait_for(lambda: self._idle() == len(self.nodes), 60, lambda: f"nodes not idle:\n{self.call('sinfo', '-Nl')}")
+            self.wait_idle()
         except BaseException:
             self.__exit__()
             raise
@@ -160,9 +160,13 @@ class Cluster:
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
 
-    def _idle(self) -> int:
-        lines = self.call("sinfo", "-h", "-N", "-o", "%t", check=False).split()
-        return sum(state == "idle" for state in lines)
+    def wait_idle(self) -> None:
+        """Until all nodes are up and nothing runs on them."""
+
+        def idle() -> bool:
+            return self.call("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * len(self.nodes)
+
+        wait_for(idle, 60, lambda: f"nodes not idle:\n{self.call('sinfo', '-Nl')}")
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: the node's daemon, its step daemons and all processes of its jobs end at once."""
@@ -201,7 +205,7 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What SLURM knows of a job: JobState, Restarts, NodeList, ..."""
-        words = self.call("scontrol", "--oneliner", "show", "job", number, check=False).split()
+        words = self.call("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, *states: str, seconds: float = 120, log: Sequence[Path] = ()) -> dict[str, str]:

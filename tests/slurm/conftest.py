@@ -1,5 +1,6 @@
 """The cluster of the session, and what its jobs train."""
 
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,12 @@ from tests.slurm.cluster import Cluster, wait_for, why_not
 from vilg.train.rundir import LOGS
 
 # Small, so that little waits; a batch that two, and four, processes can share.
+STEPS = 30
 SHORT = {
     "batch.micro_size": 4,
-    "schedule.steps": 12,
+    "schedule.steps": STEPS,
     "schedule.warmup_steps": 2,
-    "checkpoint.every_steps": 4,
+    "checkpoint.every_steps": 10,
     "logging.every_steps": 1,
     "logging.tensorboard": "false",
 }
@@ -68,22 +70,39 @@ class Job:
         wait_for(lambda: text in self.text(), seconds, lambda: f"{text!r} is not in the log:\n{self.text()[-4000:]}")
 
 
-@pytest.fixture(scope="session")
-def submit(cluster, data):
-    """`vilg submit` of the debug recipe on two nodes of two processes each; returns the Job."""
+class Submit:
+    """`vilg submit` of the debug recipe on two nodes of two processes each."""
 
-    def run(run_dir: Path, *options: str, env: dict[str, str] | None = None, nodes: str = "2", **changes) -> Job:
-        overrides = {**data, **SHORT, **changes, "run_dir": run_dir}
-        keys = [f"--{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    def __init__(self, cluster: Cluster, data: dict[str, str], spare: Path) -> None:
+        self.cluster, self.data, self.spare = cluster, data, spare
+
+    def attempt(
+        self, run_dir: Path | None, *options: str, env: dict[str, str] | None = None, nodes: str = "2", **changes
+    ) -> subprocess.CompletedProcess:
+        """Run the command; options behind -- go to sbatch, changes are overrides of the recipe with __ for the dot."""
+        cut = options.index("--") if "--" in options else len(options)
+        overrides = {"run_dir": run_dir or self.spare, **self.data, **SHORT}
+        overrides |= {key.replace("__", ".") if key != "run_dir" else key: value for key, value in changes.items()}
         command = [sys.executable, "-m", "vilg", "submit", str(DEBUG_RECIPE), "--nodes", nodes, "--gpus-per-node", "0"]
-        command += ["--tasks-per-node", "2", *options, *keys]
-        environment = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-        before, cluster.environment = cluster.environment, {**cluster.environment, **environment}
-        try:
-            said = cluster.call(*command)
-        finally:
-            cluster.environment = before
-        numbers = [line.split()[2] for line in said.splitlines() if line.startswith("submitted job")]
-        return Job(cluster, run_dir, numbers)
+        command += ["--tasks-per-node", "2", *options[:cut], *(f"--{key}={value}" for key, value in overrides.items())]
+        environment = {**self.cluster.environment, **job_environment(), **(env or {})}
+        return subprocess.run(
+            [*command, *options[cut:]], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
 
-    return run
+    def __call__(self, run_dir: Path, *options: str, **settings) -> Job:
+        """Submit; AssertionError if that is refused."""
+        done = self.attempt(run_dir, *options, **settings)
+        assert done.returncode == 0, done.stderr
+        numbers = [line.split()[2].rstrip(";") for line in done.stdout.splitlines() if line.startswith("submitted job")]
+        return Job(self.cluster, run_dir, numbers)
+
+
+def job_environment() -> dict[str, str]:
+    """What the batch scripts need to find this interpreter and this repository."""
+    return {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def submit(cluster, data, tmp_path_factory) -> Submit:
+    return Submit(cluster, data, tmp_path_factory.mktemp("spare") / "run")

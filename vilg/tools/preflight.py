@@ -1,90 +1,97 @@
 """`vilg preflight RECIPE`: what would stop or slow a long run, found in seconds before it starts.
 
 Runs alone or on all ranks under torchrun or srun; rank 0 prints one table. Exit code 0 if nothing is bad, 1 otherwise.
+A node that is slower than its peers is named (peers.py); with --exclude-bad it counts as bad.
 """
 
 import argparse
-import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
-import torch.distributed as dist
 
-from vilg.checkpoint.state import versions
 from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.data.loader import TokenDataset
+from vilg.data.manifest import write_json
 from vilg.errors import UserError
 from vilg.model.size import num_parameters, state_bytes
 from vilg.parallel.ranks import Ranks, SharedError
+from vilg.tokens.files import write_atomically
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
+from vilg.tools.machines import Report, Row, check_machines
 from vilg.train.distributed import distributed
 from vilg.train.open import sequence_spec
 from vilg.train.rundir import check_run_dir
 
 BAD = 1
 _PROBE_BYTES = 64 * 2**20
-_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the report. `absent`: this machine has no such part, which is no fault."""
-
-    check: str
-    status: Literal["ok", "bad", "absent"]
-    detail: str
 
 
 def main(argv: Sequence[str]) -> int:
     """The command `vilg preflight`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    overrides, rest = take_overrides(argv)
+    options = _parser().parse_args(rest)
     with distributed(device) as ranks:
         try:
-            rows = _report(argv, ranks, device)
+            report = examine(options.recipe, overrides, ranks, device, accept=options.accept)
+            if ranks.is_main:
+                _print(report, options)
         except SharedError:
             if ranks.is_main:
                 raise
             raise SystemExit(2) from None
-    return BAD if any(row.status == "bad" for row in rows) else 0
+    statuses = {"bad", "slow"} if options.exclude_bad else {"bad"}
+    return BAD if any(row.status in statuses for row in report.rows) else 0
 
 
-def _report(argv: Sequence[str], ranks: Ranks, device: torch.device) -> list[Row]:
-    overrides, rest = take_overrides(argv)
-    parser = argparse.ArgumentParser(
-        prog="vilg preflight", description="Check recipe, machines and data before a long run."
-    )
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--json", type=Path, help="write the rows there too, for machines")
-    parser.add_argument("--bad-nodes", type=Path, help="write the names of bad nodes there, if there are any")
-    parser.add_argument("--accept", default="", metavar="KEY,KEY", help="as for vilg train")
-    options = parser.parse_args(rest)
-    accept = tuple(filter(None, options.accept.split(",")))
-    recipe = ranks.on_main(lambda: load_recipe(options.recipe, overrides, world_size=ranks.world_size))
-    rows = [Row("recipe", "ok", f"{options.recipe}: {recipe.name}, {ranks.world_size} process(es)")]
+def examine(
+    path: Path, overrides: Sequence[str], ranks: Ranks, device: torch.device, *, accept: str = ""
+) -> Report:
+    """Check everything; the same report on every rank. Raises SharedError if the recipe itself cannot be read."""
+    accepted = tuple(filter(None, accept.split(",")))
+    recipe = ranks.on_main(lambda: load_recipe(path, overrides, world_size=ranks.world_size))
+    report = Report([Row("recipe", "ok", f"{path}: {recipe.name}, {ranks.world_size} process(es)")])
     for name, check in (
-        ("run folder", lambda: _run_folder(recipe, accept)),
+        ("run folder", lambda: _run_folder(recipe, accepted)),
         ("disk", lambda: _disk(recipe)),
         ("tokenizers", lambda: _tokenizers(recipe)),
         ("shards", lambda: _shards(recipe)),
     ):
-        rows += ranks.on_main(lambda name=name, check=check: _guarded(name, check))
-    rows += _machines(ranks, device)
-    rows += _collectives(ranks, device)
-    if ranks.is_main:
-        width = max(len(row.check) for row in rows)
-        print("\n".join(f"{row.status:<6}  {row.check:<{width}}  {row.detail}" for row in rows))
-        if options.json:
-            options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    return rows
+        report.rows += ranks.on_main(lambda name=name, check=check: _guarded(name, check))
+    check_machines(report, ranks, device)
+    return report
+
+
+def _print(report: Report, options: argparse.Namespace) -> None:
+    width = max(len(row.check) for row in report.rows)
+    print("\n".join(f"{row.status:<6}  {row.check:<{width}}  {row.detail}" for row in report.rows))
+    if report.bad_nodes:
+        print(f"nodes to run without: {', '.join(report.bad_nodes)}")
+    if options.json:
+        write_json(options.json, asdict(report))
+    if options.bad_nodes and report.bad_nodes:
+        write_atomically(options.bad_nodes, "".join(f"{node}\n" for node in report.bad_nodes).encode())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vilg preflight",
+        description="Check recipe, machines and data before a long run. Alone, or on all ranks under torchrun or srun.",
+        epilog="exit code 0: nothing is bad; 1: something is; 2: the recipe itself is wrong",
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and every rank's figures there too")
+    parser.add_argument("--bad-nodes", type=Path, metavar="FILE", help="write the bad and slow nodes there, if any")
+    parser.add_argument("--exclude-bad", action="store_true", help="a slow node counts as bad in the exit code too")
+    parser.add_argument("--accept", default="", metavar="KEY,KEY", help="as for vilg train")
+    return parser
 
 
 def _guarded(name: str, check: Callable[[], Iterator[Row]]) -> list[Row]:
@@ -152,78 +159,3 @@ def _shards(recipe: Recipe) -> Iterator[Row]:
         "ok",
         f"{len(dataset.manifest.shards)} shards, {dataset.num_samples:,} samples, read {epochs:.1f} times",
     )
-
-
-def _machines(ranks: Ranks, device: torch.device) -> list[Row]:
-    """Versions, memory and speed of every rank, gathered; versions must be equal."""
-    mine = {
-        "host": socket.gethostname(),
-        "versions": versions(),
-        "device": _device_facts(device),
-        "flops": _matmul_flops(device),
-    }
-    everybody: list = [mine]
-    if ranks.world_size > 1:
-        everybody = [None] * ranks.world_size
-        dist.all_gather_object(everybody, mine, group=ranks.group)
-    hosts = sorted({facts["host"] for facts in everybody})
-    different = [f"rank {i} on {f['host']}" for i, f in enumerate(everybody) if f["versions"] != mine["versions"]]
-    listed = ", ".join(f"{name} {version}" for name, version in mine["versions"].items())
-    rows = [
-        Row("versions", "bad", f"rank {ranks.rank} has {listed}; others differ: {', '.join(different)}")
-        if different
-        else Row("versions", "ok", f"equal on {len(hosts)} host(s): {listed}")
-    ]
-    speeds = [facts["flops"] for facts in everybody]
-    slowest = min(range(len(speeds)), key=speeds.__getitem__)
-    speed = (
-        f"matmul {min(speeds) / 1e12:.2f} to {max(speeds) / 1e12:.2f} TFLOP/s; "
-        f"slowest: rank {slowest} on {everybody[slowest]['host']}"
-    )
-    if device.type == "cuda":
-        kinds = sorted({facts["device"] for facts in everybody})
-        rows.append(Row("GPUs", "ok" if len(kinds) == 1 else "bad", f"{len(everybody)} x {'; '.join(kinds)}"))
-        rows.append(Row("GPU speed", "ok", f"bf16 {speed}"))
-    else:
-        rows.append(Row("CPU", "ok", f"{mine['device']}; fp32 {speed}"))
-        rows += [Row(name, "absent", "no CUDA device on this machine") for name in ("GPUs", "GPU speed")]
-    return rows
-
-
-def _device_facts(device: torch.device) -> str:
-    if device.type == "cuda":
-        facts = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB, {torch.get_num_threads()} thread(s) per process"
-
-
-def _matmul_flops(device: torch.device) -> float:
-    """Best of a few large products, in operations per second."""
-    size = _MATMUL_SIZE[device.type]
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        product = matrix @ matrix
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def _collectives(ranks: Ranks, device: torch.device) -> list[Row]:
-    if ranks.world_size == 1:
-        return [Row("all-reduce", "absent", "one process; start under torchrun or srun to measure it")]
-    data = torch.ones(_PROBE_BYTES // 4, device=device)
-    best = float("inf")
-    for _ in range(3):
-        ranks.barrier()
-        started = time.perf_counter()
-        data.fill_(1.0)
-        dist.all_reduce(data)
-        right = float(data[-1]) == ranks.world_size
-        best = min(best, time.perf_counter() - started)
-    # A ring sends 2 (n - 1) / n of the data through every rank.
-    bandwidth = 2 * (ranks.world_size - 1) / ranks.world_size * _PROBE_BYTES / best
-    word = f"{dist.get_backend()} over {ranks.world_size} ranks: {bandwidth / 1e9:.2f} GB/s per rank"
-    return [Row("all-reduce", "ok" if right else "bad", word if right else f"{word}; the sum was wrong")]

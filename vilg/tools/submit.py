@@ -5,7 +5,9 @@ on these GPUs, the run folder, and what SLURM itself says about partition, nodes
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     passed = [str(options.recipe), *(f"--{o.removeprefix('--')}" for o in overrides)]
     passed += [f"--accept={options.accept}"] if accept else []
     script = _script(recipe, nodes, options, passed)
-    plan = plan_text(recipe, nodes, gpu=options.gpu)
+    plan = plan_text(options, overrides, nodes)
     if options.dry_run:
         print(script + "\n" + "\n".join(f"# {line}".rstrip() for line in plan.splitlines()))
         return 0
@@ -78,15 +80,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def plan_text(recipe: Recipe, nodes: Nodes, *, gpu: str | None) -> str:
-    """Memory and time of the recipe on these nodes, for people. Raises UserError if it does not fit."""
-    from vilg.tools.plan import format_plan, make_plan
+def plan_text(options: argparse.Namespace, overrides: Sequence[str], nodes: Nodes) -> str:
+    """What `vilg plan` says of the recipe on the fewest and the most GPUs. Raises UserError if it does not fit."""
+    if not options.gpus_per_node:
+        return "no GPUs asked for, so there is no plan of memory and time"
+    from vilg.tools.plan import main as plan
 
-    return "\n\n".join(format_plan(make_plan(recipe, gpus=size)) for size in sorted({*_ends(nodes)}))
-
-
-def _ends(nodes: Nodes) -> tuple[int, int]:
-    return nodes.world_sizes[0], nodes.world_sizes[-1]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for gpus in sorted({nodes.world_sizes[0], nodes.world_sizes[-1]}):
+            plan([str(options.recipe), "--gpus", str(gpus), *(["--gpu", options.gpu] if options.gpu else []), *overrides])
+            print()
+    return said.getvalue().rstrip()
 
 
 def job_name(recipe: Recipe) -> str:
@@ -113,6 +118,7 @@ def _script(recipe: Recipe, nodes: Nodes, options: argparse.Namespace, passed: l
     }
     variables = {"VILG_CHAINED": "yes"} if options.chain > 1 else {}
     variables |= {"VILG_EXCLUDE_BAD": "yes"} if options.exclude_bad else {}
+    variables |= {"VILG_PREFLIGHT": "no"} if options.no_preflight else {}
     return render(script_template(TEMPLATE), directives, variables, passed)
 
 
@@ -165,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chain", type=int, default=1, metavar="K", help="K jobs, one after another, instead of one that requeues itself")
     add("--warn-seconds", type=int, default=180, metavar="S", help="seconds before the limit when the run saves (180)")
     add("--exclude-bad", action="store_true", help="start again without nodes that preflight finds bad or slow")
+    add("--no-preflight", action="store_true", help="train without checking the machines first")
     add("--accept", default="", metavar="KEY,KEY", help="as for vilg train: keys that may differ from the checkpoint's")
     add("--dry-run", action="store_true", help="print the script and the plan; needs no SLURM and writes nothing")
     return parser

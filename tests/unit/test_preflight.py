@@ -1,0 +1,111 @@
+"""Preflight's comparison of nodes with planted figures, and the whole report on two processes."""
+
+import json
+
+import pytest
+import torch
+
+from tests.distributed.helpers import run_distributed
+from tests.golden.make import DEBUG_RECIPE, make_data
+from vilg.tools import bandwidth
+from vilg.tools.bandwidth import partners
+from vilg.tools.machines import Report, check_machines, health_row
+from vilg.tools.peers import find_different, find_slow
+from vilg.tools.preflight import examine
+
+NODES = [f"node{i}" for i in range(1, 5) for _ in range(2)]
+EVEN = [100.0, 101.0, 99.0, 100.5, 100.0, 99.5, 101.0, 100.0]
+
+
+def with_values(**changes: float | None) -> list[float | None]:
+    return [changes.get(f"r{rank}", value) for rank, value in enumerate(EVEN)]
+
+
+def test_a_node_far_below_its_peers_is_named_with_its_worst_rank():
+    assert find_slow("matmul", EVEN, NODES) == []
+    (slow,) = find_slow("matmul", with_values(r4=70.0, r5=80.0), NODES)
+    assert (slow.node, slow.rank, slow.value) == ("node3", 4, 70.0)
+    assert str(slow) == "node3 (rank 4): matmul 30% below its peers"
+
+
+def test_less_than_ten_percent_or_within_the_spread_is_not_slow():
+    assert find_slow("matmul", with_values(r4=91.0), NODES) == []
+    noisy = [100.0, 60.0, 140.0, 80.0, 70.0, 120.0, 50.0, 110.0]
+    assert find_slow("matmul", noisy, NODES) == []
+
+
+def test_two_slow_nodes_do_not_hide_each_other():
+    assert {s.node for s in find_slow("p2p", with_values(r0=50.0, r6=40.0, r7=40.0), NODES)} == {"node1", "node4"}
+
+
+def test_a_slow_gpu_of_a_single_node_is_named_and_two_processes_are_no_peers():
+    assert [s.rank for s in find_slow("matmul", with_values(r3=10.0), ["here"] * 8)] == [3]
+    assert find_slow("matmul", [100.0, 10.0], ["node1", "node2"]) == []
+    assert find_slow("p2p", [100.0, None, 99.0, 100.0, 10.0], list("aabbc")) and not find_slow("p", [None] * 8, NODES)
+
+
+def test_the_node_that_differs_from_most_is_named():
+    usual, other = {"torch": "2.13.0", "numpy": "2.4.6"}, {"torch": "2.12.0", "numpy": "2.4.6"}
+    assert find_different([usual, usual, other], ["a", "b", "c"]) == {"c": ["torch 2.12.0 instead of 2.13.0"]}
+    assert list(find_different([usual, other], ["a", "b"])) == ["b"]
+    assert find_different([usual] * 3, ["a", "b", "c"]) == {}
+
+
+def test_partners_are_pairs_inside_a_node_and_across_two():
+    inside, across = partners(["a", "a", "b", "b", "c"])
+    assert inside == [1, 0, 3, 2, None] and across == [2, 3, 0, 1, None]
+
+
+def test_gpu_faults_blame_their_node():
+    fine = {
+        "uncorrected ECC errors": "0",
+        "pages to be retired": "[N/A]",
+        "max clock (MHz)": "1410",
+        "slowed by hardware": "Not Active",
+    }
+    report = Report(nodes=["a", "b", "c"])
+    assert health_row([fine, fine, fine], report).status == "ok" and report.bad_nodes == []
+    row = health_row([fine, fine | {"uncorrected ECC errors": "2"}, fine | {"max clock (MHz)": "900"}], report)
+    assert row.status == "bad" and report.bad_nodes == ["b", "c"]
+    assert "b (rank 1): uncorrected ECC errors 2" in row.detail and "c: max clock 900 instead of 1410" in row.detail
+    assert health_row([fine, {}, fine], report).status == "absent"
+
+
+def report_of(rank: int, world_size: int, overrides: list[str]) -> Report:
+    from vilg.parallel.ranks import Ranks
+
+    ranks, device = Ranks(rank, world_size, rank, torch.distributed.group.WORLD), torch.device("cpu")
+    return examine(DEBUG_RECIPE, overrides, ranks, device)
+
+
+def wrong_sum(rank: int, world_size: int) -> Report:
+    """Rank 1's node is another one, and adds wrongly."""
+    from vilg.parallel.ranks import Ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURMD_NODENAME", f"node{rank}")
+        if rank == 1:
+            patch.setattr(bandwidth, "_check", lambda data, n: (_ for _ in ()).throw(bandwidth.WrongSum("wrong")))
+        report = Report()
+        check_machines(report, Ranks(rank, world_size, rank, torch.distributed.group.WORLD), torch.device("cpu"))
+        return report
+
+
+def test_the_report_of_two_processes_on_a_cpu(tmp_path):
+    overrides = [f"{key}={value}" for key, value in (make_data(tmp_path) | {"run_dir": tmp_path / "run"}).items()]
+    report, other = run_distributed(2, report_of, (overrides,))
+    assert report == other
+    status = {row.check: row.status for row in report.rows}
+    assert set(status.values()) == {"ok", "absent"}, report.rows
+    assert [name for name, value in status.items() if value == "absent"] == [
+        "GPUs", "GPU health", "GPU matmul", "GPU memory", "p2p across nodes",
+    ]  # fmt: skip
+    assert {"disk speed", "shards", "CPU matmul", "all-reduce", "reduce-scatter", "p2p in a node"} < set(status)
+    assert all(len(values) == 2 for values in report.figures.values()) and json.dumps(report.figures)
+
+
+def test_a_rank_that_adds_wrongly_is_bad_and_its_node_is_named():
+    report = run_distributed(2, wrong_sum)[0]
+    bad = [row for row in report.rows if row.status == "bad"]
+    assert [row.check for row in bad] == ["all-reduce", "reduce-scatter"] and report.bad_nodes == ["node1"]
+    assert {row.check: row.status for row in report.rows}["p2p across nodes"] == "ok"
