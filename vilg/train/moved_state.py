@@ -78,7 +78,7 @@ def fill_cut(zero, names: Mapping[nn.Parameter, str], part: Part, *, data_rank: 
         low.copy_(flat)  # the parameters' own parts are views of it
     if kept := zero.persistent_parameters:  # small ones that every rank holds whole
         kept[0].partition(kept)
-        kept[0].all_gather(kept)
+    zero.checkpoint_event_epilogue()  # gathers them again, and drops the nodes' own copies if there are any
 
 
 def _fresh_entry(optimizer: torch.optim.Optimizer, tensor: Tensor, steps: int) -> dict[str, Tensor]:
