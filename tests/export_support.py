@@ -31,7 +31,8 @@ def write_export(
     )
     image.codebook.vectors.normal_()
     image.save(folder / "image_tokenizer")
-    sequence = {"text_slots": 6, "grid": [4, 4], "text_vocab_size": text.vocab_size, "image_vocab_size": 16}
+    # Rounded up, as for tensor ranks: ids past the tokenizer's may never be written.
+    sequence = {"text_slots": 6, "grid": [4, 4], "text_vocab_size": text.vocab_size + 50, "image_vocab_size": 16}
     weights = tiny_model(config, spec=SequenceSpec(**sequence)).state_dict()
     save_file(weights, folder / SHARD, metadata={"format": "pt"})
     write_files(folder, text)
@@ -46,7 +47,9 @@ def write_export(
             "text_tokenizer": {"file": "text.model", "hash": text.hash},
             "image_tokenizer": {"folder": "image_tokenizer", "hash": image.hash},
         },
-        "generation_config": generation_settings(sampling),
+        "generation_config": generation_settings(
+            sampling, text_pieces=text.vocab_size, text_vocab_size=sequence["text_vocab_size"]
+        ),
         "model.safetensors.index": {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(weights, SHARD)},
     }
     for name, values in content.items():

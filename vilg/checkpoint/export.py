@@ -102,10 +102,10 @@ def export(
     try:
         partial.mkdir(parents=True)
         _check_space(partial, size)
-        _write_tokenizers(partial, state, text_model, image_model)
+        text = _write_tokenizers(partial, state, text_model, image_model)
         with _bar("writing", size, show_progress) as bar:
             _write_weights(partial, weights, DTYPES[dtype], shard_bytes, bar.update)
-        _write_texts(partial, checkpoint, state, dtype, parameters)
+        _write_texts(partial, checkpoint, state, dtype, parameters, text_pieces=text.vocab_size)
         difference = None
         if verify:
             with _bar("verifying", size, show_progress) as bar:
@@ -152,7 +152,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _write_tokenizers(folder: Path, state: RunState, text_model: Path | None, image_model: Path | None) -> None:
+def _write_tokenizers(
+    folder: Path, state: RunState, text_model: Path | None, image_model: Path | None
+) -> TextTokenizer:
     text = TextTokenizer.load(text_model or Path(state.recipe["tokens"]["text_model"]))
     image = ImageTokenizer.load(image_model or Path(state.recipe["tokens"]["image_model"]))
     for option, now, trained in (
@@ -167,6 +169,7 @@ def _write_tokenizers(folder: Path, state: RunState, text_model: Path | None, im
     text.save(folder / TEXT_MODEL_FILE)
     image.save(folder / IMAGE_TOKENIZER_FOLDER)
     write_files(folder, text)
+    return text
 
 
 def _write_weights(
@@ -183,7 +186,9 @@ def _write_weights(
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_texts(folder: Path, checkpoint: Path, state: RunState, dtype: str, parameters: int) -> None:
+def _write_texts(
+    folder: Path, checkpoint: Path, state: RunState, dtype: str, parameters: int, *, text_pieces: int
+) -> None:
     recipe = state.recipe
     sequence = {key: recipe["tokens"][key] for key in ("text_slots", "grid", "text_vocab_size", "image_vocab_size")}
     config = {
@@ -206,7 +211,8 @@ def _write_texts(folder: Path, checkpoint: Path, state: RunState, dtype: str, pa
     samples = SamplesConfig(**recipe["samples"])
     sampling = SamplingConfig(guidance=samples.guidance, temperature=samples.temperature, top_k=samples.top_k)
     _write_json(folder / CONFIG_FILE, config)
-    _write_json(folder / GENERATION_FILE, generation_settings(sampling))
+    sizes = dict(text_pieces=text_pieces, text_vocab_size=sequence["text_vocab_size"])
+    _write_json(folder / GENERATION_FILE, generation_settings(sampling, **sizes))
     (folder / "README.md").write_text(model_card(checkpoint, state, dtype, parameters), encoding="utf-8")
 
 

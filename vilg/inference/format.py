@@ -13,13 +13,6 @@ INDEX_FILE = "model.safetensors.index.json"
 TEXT_MODEL_FILE = "text.model"
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
 
-# What `transformers` generates by, beside the sampling: a text may hold none of the ids that belong to the layout.
-_FIXED = {
-    "bos_token_id": BEGIN_OF_TEXT,
-    "eos_token_id": END_OF_TEXT,
-    "pad_token_id": PAD,
-    "suppress_tokens": [UNKNOWN, BEGIN_OF_TEXT, PAD],
-}
 
 
 def weights_file(number: int, count: int) -> str:
@@ -27,8 +20,12 @@ def weights_file(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def generation_settings(sampling: SamplingConfig) -> dict[str, Any]:
-    """How pictures are drawn, in the words of `transformers`, which says greedy with a flag of its own."""
+def generation_settings(sampling: SamplingConfig, *, text_pieces: int = 0, text_vocab_size: int = 0) -> dict[str, Any]:
+    """How pictures are drawn, in the words of `transformers`, which says greedy with a flag of its own.
+
+    A text may hold none of the ids that belong to the layout, and none past the tokenizer's `text_pieces`, which the model's
+    vocabulary is often rounded up from.
+    """
     drawn = sampling.temperature > 0
     return {
         "format_version": EXPORT_FORMAT_VERSION,
@@ -37,7 +34,10 @@ def generation_settings(sampling: SamplingConfig) -> dict[str, Any]:
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "guidance_scale": sampling.guidance,
-        **_FIXED,
+        "bos_token_id": BEGIN_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "pad_token_id": PAD,
+        "suppress_tokens": [UNKNOWN, BEGIN_OF_TEXT, PAD, *range(text_pieces, text_vocab_size)],
     }
 
 

@@ -275,7 +275,7 @@ class VilgForCausalLM(PreTrainedModel, GenerationMixin):
         ids = kwargs["input_ids"] if inputs is None else inputs
         drawing, room = self._room(ids)
         if not drawing and generation_config is None:
-            greedy = dict(do_sample=False, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0)
+            greedy = dict(do_sample=False, guidance_scale=1.0, temperature=1.0, top_k=50, top_p=1.0)  # unset, to transformers
             kwargs = {**greedy, **kwargs}
         longest = kwargs.get("max_new_tokens") or (kwargs.get("max_length") or ids.shape[1] + room) - ids.shape[1]
         if longest > room:
