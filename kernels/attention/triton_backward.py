@@ -12,7 +12,7 @@ Legend: as in `triton_forward`; in the second kernel the tile holds keys and the
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_common import dot, image_box, joined, load_rows, sample_info, store_rows, tile_slots
+from kernels.attention.triton_common import dot, image_box, joined, load_rows, narrow, sample_info, store_rows, tile_slots
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def add_query_gradient(
     v = load_rows(V, key_slot, v_s, key_exists, D, BLOCK_D)
     p = tl.where(seen, tl.exp2(dot(q, tl.trans(k), ACC, WIDEN) * QK_SCALE - lse[:, None]), 0.0)
     ds = p * (dot(grad, tl.trans(v), ACC, WIDEN) - delta[:, None])
-    return acc + dot(ds.to(k.dtype), k, ACC, WIDEN)
+    return acc + dot(narrow(ds, k.dtype, WIDEN), k, ACC, WIDEN)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def query_gradient_kernel(
         acc = add_query_gradient(
             acc, q, grad, lse, delta, K, V, k_s, v_s, key, index < count, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN
         )
-    store_rows(DQ + sample * dq_b + head * dq_h, slot, dq_s, exists, acc * SCALE, D, BLOCK_D)
+    store_rows(DQ + sample * dq_b + head * dq_h, slot, dq_s, exists, acc * SCALE, D, BLOCK_D, WIDEN)
 
 
 @triton.jit
@@ -101,9 +101,9 @@ def add_key_gradients(
     lse = tl.load(LSE + query_slot, mask=query_exists, other=float("inf"))
     delta = tl.load(DELTA + query_slot, mask=query_exists, other=0.0)
     p = tl.where(seen, tl.exp2(dot(k, tl.trans(q), ACC, WIDEN) * QK_SCALE - lse[None, :]), 0.0)
-    dv += dot(p.to(grad.dtype), grad, ACC, WIDEN)
+    dv += dot(narrow(p, grad.dtype, WIDEN), grad, ACC, WIDEN)
     ds = p * (dot(v, tl.trans(grad), ACC, WIDEN) - delta[None, :])
-    dk += dot(ds.to(q.dtype), q, ACC, WIDEN)
+    dk += dot(narrow(ds, q.dtype, WIDEN), q, ACC, WIDEN)
     return dk, dv
 
 
@@ -174,8 +174,8 @@ def key_gradient_kernel(
     dk *= SCALE
     if is_text:
         part = ((chunk * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * text_slots) * D
-        store_rows(DK_TEXT + part, slot, D, exists, dk, D, BLOCK_D)
-        store_rows(DV_TEXT + part, slot, D, exists, dv, D, BLOCK_D)
+        store_rows(DK_TEXT + part, slot, D, exists, dk, D, BLOCK_D, WIDEN)
+        store_rows(DV_TEXT + part, slot, D, exists, dv, D, BLOCK_D, WIDEN)
     else:
-        store_rows(DK + sample * dk_b + head * dk_h, slot, dk_s, exists, dk, D, BLOCK_D)
-        store_rows(DV + sample * dv_b + head * dv_h, slot, dv_s, exists, dv, D, BLOCK_D)
+        store_rows(DK + sample * dk_b + head * dk_h, slot, dk_s, exists, dk, D, BLOCK_D, WIDEN)
+        store_rows(DV + sample * dv_b + head * dv_h, slot, dv_s, exists, dv, D, BLOCK_D, WIDEN)

@@ -78,11 +78,22 @@ def load_rows(BASE, slot, row_stride, exists, D: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def store_rows(BASE, slot, row_stride, exists, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def narrow(x, DTYPE: tl.constexpr, WIDEN: tl.constexpr):
+    """x rounded to DTYPE. WIDEN: to bf16 in Triton's interpreter, which cuts digits off where a GPU rounds to the nearest."""
+    if WIDEN and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def store_rows(
+    BASE, slot, row_stride, exists, value, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr
+):
     """Write [slots, BLOCK_D] of one head in the dtype of BASE; only rows that exist and channels below D."""
     channel = tl.arange(0, BLOCK_D)
     pointers = BASE + slot[:, None] * row_stride + channel[None, :]
-    tl.store(pointers, value.to(BASE.dtype.element_ty), mask=exists[:, None] & (channel < D)[None, :])
+    tl.store(pointers, narrow(value, BASE.dtype.element_ty, WIDEN), mask=exists[:, None] & (channel < D)[None, :])
 
 
 @triton.jit

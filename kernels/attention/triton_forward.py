@@ -7,7 +7,7 @@ Logits are kept in base 2: `QK_SCALE` = scale * log2(e).
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_common import dot, image_box, joined, load_rows, sample_info, store_rows, tile_slots
+from kernels.attention.triton_common import dot, image_box, joined, load_rows, narrow, sample_info, store_rows, tile_slots
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def attend(
     safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have seen nothing yet: no inf - inf
     rescale = tl.exp2(running_max - safe_max)
     p = tl.exp2(scores - safe_max[:, None])
-    acc = acc * rescale[:, None] + dot(p.to(v.dtype), v, ACC, WIDEN)
+    acc = acc * rescale[:, None] + dot(narrow(p, v.dtype, WIDEN), v, ACC, WIDEN)
     return acc, new_max, running_sum * rescale + tl.sum(p, 1)
 
 
@@ -88,6 +88,6 @@ def forward_kernel(
 
     empty = running_sum == 0
     out = acc / tl.where(empty, 1.0, running_sum)[:, None]
-    store_rows(OUT + sample * o_b + head * o_h, slot, o_s, exists, out, D, BLOCK_D)
+    store_rows(OUT + sample * o_b + head * o_h, slot, o_s, exists, out, D, BLOCK_D, WIDEN)
     lse = tl.where(empty, float("inf"), running_max + tl.log2(tl.where(empty, 1.0, running_sum)))
     tl.store(LSE + (sample * heads + head) * slots + slot, lse, mask=exists)

@@ -48,11 +48,8 @@ def test_fp32_stays_within_1e_5(channels):
 
 
 @pytest.mark.parametrize("pattern, channels", [("row", 64), ("conv", 128)])
-@pytest.mark.parametrize("dtype, factor", [
-    (torch.float16, 2),
-    (torch.bfloat16, 4),  # the interpreter truncates to bf16, a GPU rounds: twice the error (2 in the benchmark's check)
-])  # fmt: skip
-def test_half_precision_errs_little_more_than_dense_torch_attention(pattern, channels, dtype, factor):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_errs_little_more_than_dense_torch_attention(pattern, channels, dtype):
     inputs, tensors = batch_for("mixed", (8, 8), 13, channels=channels)
     half = [t.to(dtype) for t in inputs]
     call = dict(grid=(8, 8), pattern=pattern, conv_size=5, **tensors)
@@ -67,7 +64,7 @@ def test_half_precision_errs_little_more_than_dense_torch_attention(pattern, cha
     theirs = output_and_gradients(torch_attention, *half, **call)
     for name, want, a, b in zip(("out", "dq", "dk", "dv"), exact, ours, theirs):
         our_error, their_error = ((x.double() - want).norm() for x in (a, b))
-        assert our_error <= factor * their_error, f"{name}: {our_error:.2e} against {their_error:.2e}"
+        assert our_error <= 2 * their_error, f"{name}: {our_error:.2e} against {their_error:.2e}"
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
