@@ -1,8 +1,8 @@
-"""The trainer's engines under every layout against one process of plain PyTorch: for the tests and benchmarks/parity.py.
+"""The trainer's engines under every layout against one process of plain PyTorch, for tests and benchmarks/parity.py.
 
 A case builds its model and engine exactly as `vilg train` does (`build_model`, `build_engine`) from a recipe, and takes
-a few optimizer steps over fixed micro-batches: some of both directions, some of one, so that ranks see different numbers
-of targets. The gradient of step 1 is read out of the files that the engine saves: Adam's first moment after one update
+a few optimizer steps over fixed micro-batches: some of both directions, some of one, so that ranks see different
+numbers of targets. The gradient of step 1 is read out of the files that the engine saves: Adam's first moment after one update
 is (1 - beta1) times the clipped gradient, so that clipping is compared too.
 """
 
@@ -172,7 +172,7 @@ def train(case: Case, steps: int, ranks: Ranks, folder: Path) -> Outcome:
             gradients = _first_gradients(trainer, ranks, folder)
     probes = compute_probes(trainer.engine.model)
     if case.layout.engine == "deepspeed":
-        # DeepSpeed keeps the groups of the last engine with tensor ranks for all that follow; `vilg train` has only one.
+        # DeepSpeed keeps the groups of the last engine with tensor ranks for all later ones; `vilg train` has one.
         from deepspeed.utils import groups
 
         groups.mpu = None

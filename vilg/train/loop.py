@@ -21,8 +21,10 @@ _MAIN_FIRST = 15.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """`vilg train RECIPE [--section.key=value ...] [--accept=KEY,KEY]`: start the recipe's run or continue it. Exit code 0 also for a stop
-    by signal: the run is saved, and `DONE` in its folder says whether it is finished."""
+    """`vilg train RECIPE [--section.key=value ...] [--accept=KEY,KEY]`: start the recipe's run or continue it.
+
+    Exit code 0 also for a stop by signal: the run is saved, and `DONE` in its folder says whether it is finished.
+    """
     place = process_environment(os.environ)
     rank, world_size = int(place["RANK"]), int(place["WORLD_SIZE"])
     try:

@@ -165,6 +165,7 @@ def _loader(
                 f"{dataset.manifest_hash[:12]}; set {DATA} to the same shards, or continue all the same with "
                 f"--accept={','.join([*accept, DATA])}"
             )
+    reports = grid.tensor_rank == grid.pipeline_rank == 0  # one of the ranks that read the same data
     return Loader(
         dataset,
         text,
@@ -176,7 +177,7 @@ def _loader(
         data_rank=grid.data_rank,
         data_size=grid.data_size,
         state=position,
-        quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if grid.tensor_rank == grid.pipeline_rank == 0 else None,
+        quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if reports else None,
         image_tokenizer_hash=image_hash,
     )
 

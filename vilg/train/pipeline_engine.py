@@ -1,7 +1,7 @@
 """DeepSpeed's pipeline engine behind the engine's calls: the same step as `deepspeed_engine.py`, its layers in stages.
 
-Every rank is given its data rank's micro-batches, so that target counts, dropout seeds and probes need no exchange; only
-the first stage reads inputs from them, and only the last one targets.
+Every rank is given its data rank's micro-batches, so that target counts, dropout seeds and probes need no exchange;
+only the first stage reads inputs from them, and only the last one targets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,8 @@ def build_stage(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.de
 
 
 class PipelineEngine(DeepSpeedEngine):
-    """One optimizer step is DeepSpeed's `train_batch`: micro-batches flow through the stages, one forward, one backward.
+    """One optimizer step is DeepSpeed's `train_batch`: micro-batches flow through the stages, one forward and one
+    backward at a time.
 
     ZeRO 0 or 1. Results are the same numbers on all ranks.
     """
@@ -63,7 +64,9 @@ class PipelineEngine(DeepSpeedEngine):
         from vilg.model.pipe import DEEPSPEED_SETTINGS
 
         self.config["pipeline"] = {**self.config.get("pipeline", {}), **DEEPSPEED_SETTINGS}
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.config, dist_init_required=False
+        )
         if self.stage == 0:  # as in the flat engine, `_plain_step` does it once the norm over all stages is known
             engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, OptimizerStep: lambda engine: None}
         return engine
