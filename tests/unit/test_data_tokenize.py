@@ -10,7 +10,7 @@ from tests.unit.data_support import Averages, make_raw, picture
 from vilg.data.loader import TokenDataset
 from vilg.data.manifest import Manifest
 from vilg.data.records import Record
-from vilg.data.tokenize import tokenize
+from vilg.data.tokenize import main, tokenize
 from vilg.errors import UserError
 from vilg.tokens.vqgan.images import decode_image, to_float
 
@@ -107,6 +107,23 @@ def test_killed_between_shard_and_record_the_shard_is_made_again(tmp_path, monke
     run(raw, tmp_path / "out")
     (tmp_path / "out" / ".00000.tar.tmp").unlink(missing_ok=True)
     assert published(tmp_path / "out") == published(tmp_path / "whole")
+
+
+def test_parts_share_the_shards_and_the_last_one_writes_the_same_manifest(tmp_path):
+    raw = make_raw(tmp_path / "raw", [3, 2, 4, 1, 2])
+    whole = run(raw, tmp_path / "whole")
+    assert run(raw, tmp_path / "parts", part=(2, 2)) is None
+    with pytest.raises(Killed):
+        run(raw, tmp_path / "parts", DiesAtCall(1), part=(1, 2))
+    assert not (tmp_path / "parts" / "manifest.json").exists()
+    assert run(raw, tmp_path / "parts", part=(1, 2)) == whole
+    assert published(tmp_path / "parts") == published(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b"])
+def test_a_part_that_is_none_is_refused(part):
+    with pytest.raises(UserError, match=f"--part {part} is no part"):
+        main(["raw", "--image-model", "none", "--out", "out", "--part", part])
 
 
 def test_bad_samples_are_left_out_counted_and_named(tmp_path, capsys):

@@ -5,6 +5,9 @@ Each raw shard becomes one token shard of the same name. An image goes through `
 encoded in fp32. Batches never cross shards, so a shard's bytes depend on the raw shard, the tokenizer, the image size
 and the batch size only.
 
+Several jobs may share the work (`--part 2/8`: every eighth shard from the second); whichever finds all shards finished
+writes the manifest.
+
 A job may be killed at any moment: a shard gets its name when it is whole, `records/NAME.json` follows, and whoever
 starts the same command again continues behind the last record. `job.json` refuses to mix two tokenizers or sizes
 in a folder.
@@ -59,11 +62,14 @@ def tokenize(
     device: torch.device | str = "cpu",
     max_bad_fraction: float = 0.01,
     progress: bool = True,
-) -> Manifest:
-    """Encode the raw shards in `raw` into token shards in `out`; returns the manifest written last.
+    part: tuple[int, int] = (1, 1),
+) -> Manifest | None:
+    """Encode the raw shards in `raw` into token shards in `out`; returns the manifest written last, or None while
+    shards of other parts are missing.
 
     image_size: side in pixels (default: the size the tokenizer was trained on). batch_size: images per encoder call.
     max_bad_fraction: share of unreadable samples above which the job stops (the first few are always let pass).
+    part: (i, n), of n jobs on the same folder this is the i-th.
     Raises UserError: no shards, a damaged raw shard, an unfit size, `out` holding another job's shards, too many bad.
     """
     size = image_size if image_size is not None else image_tokenizer.image_size
@@ -84,10 +90,12 @@ def tokenize(
         "batch_size": batch_size,
     }
     claim(out, job, [shard.name for shard in shards])
-    indices = [index_shard(shard, RAW_FIELDS, sha256="") for shard in shards]
+    first, parts = part[0] - 1, part[1]
+    mine = shards[first::parts]
+    indices = [index_shard(shard, RAW_FIELDS, sha256="") for shard in mine]
     bar = _Progress(sum(len(index) for index in indices), enabled=progress)
     records = []
-    for shard, index in zip(shards, indices, strict=True):
+    for shard, index in zip(mine, indices, strict=True):
         record = finished(out, shard, index)
         if record is not None:
             bar.skip(len(index))
@@ -97,6 +105,15 @@ def tokenize(
         _check_bad(records, max_bad_fraction)
         bar.shard_done(shard.name)
     bar.close()
+    if parts > 1:
+        # Looking is cheap; only who may be the last one reads the other parts' raw shards to be sure.
+        if not all(record_path(out, shard.name).exists() for shard in shards):
+            return None
+        found = [finished(out, shard, index_shard(shard, RAW_FIELDS, sha256="")) for shard in shards]
+        if None in found:
+            return None
+        records = found
+        _check_bad(records, max_bad_fraction)
     manifest = Manifest(
         image_tokenizer.hash, (side, side), image_tokenizer.vocab_size, tuple(record.entry for record in records)
     )
@@ -222,9 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="images per encoder call")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="share of bad samples that stops the job")
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="this is the I-th of N jobs that share the work, as in 2/8"
+    )
     options = parser.parse_args(argv)
     if options.batch_size < 1 or (options.image_size is not None and options.image_size < 1):
         raise UserError("--batch-size and --image-size must be at least 1")
+    part = _part(options.part)
     from vilg.tokens.vqgan import ImageTokenizer
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -236,7 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=options.batch_size,
         device=device,
         max_bad_fraction=options.max_bad_fraction,
+        part=part,
     )
+    if manifest is None:
+        print(f"part {options.part} is finished; the manifest follows with the last part")
+        return 0
     rejected = [
         asdict(item) for e in manifest.shards for item in Record.load(record_path(options.out, e.name)).rejected
     ]
@@ -252,3 +277,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for item in rejected[:_FEW]:
         print(f"left out: {item['shard']} key {item['key']!r}: {item['detail']}", file=sys.stderr)
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--part {text} is no part; write the number of this job and of all, from 1/8 to 8/8")
+    return int(number), int(count)
