@@ -63,7 +63,7 @@ class SpikeGuard:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(window=list(self.window), in_a_row=self.in_a_row, total=self.total, left_out=self.left_out)
+        return dict(window=list(self.window), in_a_row=self.in_a_row, total=self.total, left_out=list(self.left_out))
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "SpikeGuard":
