@@ -3,15 +3,16 @@
     python benchmarks/export.py --folder /fast/disk                  # about 11 GB there, removed at the end
     python benchmarks/export.py --json benchmarks/results/export.json
 
-The checkpoint: four layers of the 10B model (hidden 4096, 64 heads) with bf16 weights, fp32 masters and Adam moments, in
-DeepSpeed's files: once as 8 data ranks with ZeRO 3, once as 4 tensor x 2 data ranks with ZeRO 1 (zero_to_fp32 cannot read
-that one). Files are made one by one from a real save of a tiny model on two ranks (synthetic_checkpoint.py), which the same
-code must reproduce in keys, types, shapes and order before anything is measured.
+The checkpoint: four layers of the 10B model (hidden 4096, 64 heads) with bf16 weights, fp32 masters and Adam moments,
+in DeepSpeed's files: once as 8 data ranks with ZeRO 3, once as 4 tensor x 2 data ranks with ZeRO 1 (zero_to_fp32
+cannot read that one). Files are made one by one from a real save of a tiny model (synthetic_checkpoint.py), which the
+same code must reproduce in keys, types, shapes and order before anything is measured.
 
-Every contender is a process of its own, and starts with the checkpoint's files dropped from the page cache. Times include
-the start of Python and the flush to the disk. `cp` copies what the export writes (the same bytes read and written) and, once,
-the whole checkpoint. Memory is read from /proc/PID/status every 10 ms: `anonymous` is what the process took (RssAnon);
-`resident` (VmHWM) also counts pages of mapped files, which the system takes back whenever it wants.
+Every contender is a process of its own, and starts with the checkpoint's files dropped from the page cache. Times
+include the start of Python and the flush to the disk. `cp` copies what the export writes (the same bytes read and
+written) and, once, the whole checkpoint. Memory is read from /proc/PID/status every 10 ms: `anonymous` is what the
+process took (RssAnon); `resident` (VmHWM) also counts pages of mapped files, which the system takes back whenever it
+wants.
 """
 
 import argparse
@@ -121,12 +122,11 @@ def measure(checkpoint: Path, folder: Path, *, with_peer: bool) -> dict:
         run("zero_to_fp32", [sys.executable, "-c", _ZERO_TO_FP32, str(checkpoint.parent), str(copy), checkpoint.name])
     medians = {name: statistics.median(m.seconds for m in found) for name, found in runs.items()}
     peaks = {name: max(m.anonymous for m in found) for name, found in runs.items()}
-    ratios = {"export to cp of the same bytes, time": medians["export fp32, not verified"] / medians["cp of the export"]}
+    ours = medians["export fp32, not verified"]
+    ratios = {"export to cp of the same bytes, time": ours / medians["cp of the export"]}
     if with_peer:
         ratios["export (verified) to zero_to_fp32, memory"] = peaks["export fp32, verified"] / peaks["zero_to_fp32"]
-        ratios["export (not verified) to zero_to_fp32, time"] = (
-            medians["export fp32, not verified"] / medians["zero_to_fp32"]
-        )
+        ratios["export (not verified) to zero_to_fp32, time"] = ours / medians["zero_to_fp32"]
     return {
         "checkpoint_bytes": _size(checkpoint),
         "exported_bytes": written,

@@ -1,7 +1,8 @@
 """Checkpoints in DeepSpeed's files without a training run: as large as wanted, made one file at a time.
 
-What is not a tensor is taken from a real save of a tiny model under the same ZeRO stage; `check_format` makes such a save
-anew from itself and compares keys, types, shapes, addresses and storage sizes, so that nothing here can drift from DeepSpeed.
+What is not a tensor is taken from a real save of a tiny model under the same ZeRO stage; `check_format` makes such a
+save anew from itself and compares keys, types, shapes, addresses and storage sizes, so that nothing here can drift from
+DeepSpeed.
 Legend: D data ranks, M tensor ranks. Weights have the initial values' scale; Adam's moments are small constants.
 """
 
@@ -54,7 +55,7 @@ def real_saves(folder: Path) -> dict[str, Path]:
 def write_checkpoint(
     folder: Path, real: Path, *, data: int, tensor: int, changes: dict[str, dict] = TEN_BILLION_LAYERS
 ) -> None:
-    """Make `folder` a checkpoint like `real`, on D = data and M = tensor ranks, of the model that `changes` describe."""
+    """Make `folder` a checkpoint like `real`, on D = data and M = tensor ranks, of the model that `changes` make."""
     folder.mkdir(parents=True)
     before = read_state(real)
     recipe = {key: {**value, **changes[key]} if key in changes else value for key, value in before.recipe.items()}
@@ -206,7 +207,11 @@ def _filled(pieces: list[tuple[str, int]], *, seed: int) -> Tensor:
 
 def _adam(template: dict[str, Any], flats: list[Tensor]) -> dict[str, Any]:
     states = {
-        number: {**template["state"][number], "exp_avg": torch.full_like(flat, 1e-4), "exp_avg_sq": torch.full_like(flat, 1e-8)}
+        number: {
+            **template["state"][number],
+            "exp_avg": torch.full_like(flat, 1e-4),
+            "exp_avg_sq": torch.full_like(flat, 1e-8),
+        }
         for number, flat in enumerate(flats)
     }
     return {**template, "state": states}
@@ -232,7 +237,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _described(value: Any, place: str = "") -> list[tuple[str, Any]]:
-    """Every leaf's place with what must be the same in two files: type, shape and storage of tensors, else the value."""
+    """Every leaf's place with what must be the same in two files: type, shape, storage of tensors, else the value."""
     if isinstance(value, Tensor):
         return [(place, (value.dtype, tuple(value.shape), value.stride(), value.untyped_storage().nbytes()))]
     if isinstance(value, dict):

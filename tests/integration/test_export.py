@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_an_export_that_does_not_fit_the_recipe_is_refused_naming_both_values(da
     overrides = {"model.hidden_size": 128, "tokens.text_slots": 12, "model.dropout": 0.5}
     recipe = load_recipe(DEBUG_RECIPE, [f"{k}={v}" for k, v in {**data, **overrides, "run_dir": "x"}.items()])
     description = read_description(exported)
-    spec = type(description.spec)(12, *(getattr(description.spec, k) for k in ("grid", "text_vocab_size", "image_vocab_size")))
+    spec = replace(description.spec, text_slots=12)
     hashes = {**description.tokenizers, "image": "f" * 64}
     given = dict(config=recipe.model, spec=spec, grid=Grid.single())
     with pytest.raises(UserError) as error:
@@ -159,7 +160,8 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"), [(Path.unlink, "model.safetensors: is missing"), (_cut, "model.safetensors: has .* instead of")]
+    ("harm", "message"),
+    [(Path.unlink, "model.safetensors: is missing"), (_cut, "model.safetensors: has .* instead of")],
 )
 def test_a_checkpoint_that_is_not_whole_is_not_exported(trained, tmp_path, harm, message):
     checkpoint = shutil.copytree(latest(trained), tmp_path / "checkpoint")

@@ -56,13 +56,12 @@ def codes_of(bundle, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_those_of_our_model_in_both_directions(tmp_path, shape):
-    bundle, model = load_model(write_export(tmp_path, config=SHAPES[shape])), None
+    bundle = load_model(write_export(tmp_path, config=SHAPES[shape]))
     model = opened(tmp_path)
     spec, text_vocab = bundle.spec, bundle.spec.text_vocab_size
     codes, (source, target) = codes_of(bundle, 2), ([5, 9, 7], [11, 6])
-    ours = bundle.model(
-        *collate([text_to_image(spec, source, codes[0].numpy()), answer(spec, source, target, codes[1].numpy())]).inputs()
-    )
+    samples = [text_to_image(spec, source, codes[0].numpy()), answer(spec, source, target, codes[1].numpy())]
+    ours = bundle.model(*collate(samples).inputs())
     begin_of_image = text_vocab + spec.image_vocab_size
     drawn = [*source, begin_of_image, *(codes[0, :-1] + text_vocab)]
     asked = [*(codes[1] + text_vocab), *source, BEGIN_OF_TEXT, *target]
@@ -150,7 +149,8 @@ def test_rows_that_ask_for_nothing_or_too_much_are_refused(folder):
 def test_the_tokenizer_files_give_our_ids(folder):
     from transformers import AutoTokenizer
 
-    ours, theirs = TextTokenizer.load(folder / "text.model"), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ours = TextTokenizer.load(folder / "text.model")
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     draw = random.Random(0)
     letters = list("a cat red horse  一只猫，。！é\u0301\u200b\u200d\u2581\t\n\x07\x1c\u3000🐎<>0xE4pad") + ["<0xE4>", "</s>"]
     texts = ["", " ", "a cat", "一只猫", "<s><pad></s><unk>", "<end text><text padding>", "a\u200b \u200b b"]

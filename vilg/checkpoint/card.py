@@ -57,7 +57,7 @@ def model_card(checkpoint: Path, state: RunState, dtype: str, parameters: int) -
         "",
         *(f"    {line}" if line else "" for line in USE_WITH_TRANSFORMERS.splitlines()),
         "",
-        "The weights are plain safetensors; `config.json` describes the model, `text.model` is a SentencePiece model and",
+        "The weights are plain safetensors; `config.json` describes the model, `text.model` is a SentencePiece model,",
         "`tokenizer.json` the same for `tokenizers`, `image_tokenizer/` turns pictures into codes and back.",
         "",
     ]

@@ -77,8 +77,9 @@ def export(
     dtype: fp32, bf16 or fp16; by default that of the run. shard_bytes: most bytes of a weights file, unless one tensor
     is larger. text_model, image_model: where the tokenizers lie now, if not where the recipe says. ema: the moving
     average of the weights, an error as long as the trainer keeps none. show_progress: a bar on a terminal.
-    Holds one tensor in memory at a time, also while it verifies. Nothing appears under `out` before it is whole and verified. Raises UserError naming the file at fault, also when
-    the exported model's logits differ from those stored in the checkpoint.
+    Holds one tensor in memory at a time, also while it verifies. Nothing appears under `out` before it is whole and
+    verified. Raises UserError naming the file at fault, also when the exported model's logits differ from those stored
+    in the checkpoint.
     """
     checkpoint = find_checkpoint(source)
     weights = open_weights(checkpoint)
@@ -236,8 +237,8 @@ def _check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
-            f"{folder.parent}: the weights need {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; make room, choose "
-            "another place, or a smaller --dtype"
+            f"{folder.parent}: the weights need {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; make room, "
+            "choose another place, or a smaller --dtype"
         )
 
 

@@ -38,8 +38,8 @@ def fill_from_export(
         part = weights.read(name, rank=grid.tensor_rank, size=grid.tensor_size)
         if part.shape != parameter.shape:
             raise UserError(
-                f"init_from={folder}: {name} has shape {tuple(part.shape)} where the model has {tuple(parameter.shape)}; "
-                "the folder is damaged, export again"
+                f"init_from={folder}: {name} has shape {tuple(part.shape)} where the model has {tuple(parameter.shape)}"
+                "; the folder is damaged, export again"
             )
         if not bool(part.isfinite().all()):
             raise UserError(f"init_from={folder}: {name} holds numbers that are not finite; export another checkpoint")

@@ -23,8 +23,8 @@ def weights_file(number: int, count: int) -> str:
 def generation_settings(sampling: SamplingConfig, *, text_pieces: int = 0, text_vocab_size: int = 0) -> dict[str, Any]:
     """How pictures are drawn, in the words of `transformers`, which says greedy with a flag of its own.
 
-    A text may hold none of the ids that belong to the layout, and none past the tokenizer's `text_pieces`, which the model's
-    vocabulary is often rounded up from.
+    A text may hold none of the ids that belong to the layout, and none past the tokenizer's `text_pieces`, which the
+    model's vocabulary is often rounded up from.
     """
     drawn = sampling.temperature > 0
     return {

@@ -5,10 +5,10 @@ It draws pictures for texts and writes texts for pictures, both with `generate()
     text -> image     text ... [begin of image]  ->  image codes in raster order
     image -> text     image codes ... question ... [begin of text]  ->  text [end of text]
 
-in one space of ids: text pieces 0 .. Vt-1 (1 begin, 2 end, 3 padding), image code z at Vt + z, begin of image at Vt + Vi.
-Rows are padded on the left with 3. What stands before the begin token is the source: it sees all of itself. What follows
-sees the source and its own past. Between two image positions the pattern of the layer (row, column, conv window) decides
-as well. All of this follows from the ids, so `attention_mask` and `position_ids` decide nothing.
+in one space of ids: text pieces 0 .. Vt-1 (1 begin, 2 end, 3 padding), image code z at Vt + z, begin of image at Vt +
+Vi. Rows are padded on the left with 3. What stands before the begin token is the source: it sees all of itself. What
+follows sees the source and its own past. Between two image positions the pattern of the layer (row, column, conv
+window) decides as well. All of this follows from the ids, so `attention_mask` and `position_ids` decide nothing.
 
 Legend: B rows, L positions, C hidden, H heads, D head dim, T text slots, N = rows * columns image slots.
 """
@@ -199,7 +199,7 @@ class VilgForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values=None,
         use_cache: bool | None = None, logits_to_keep: int = 0, **kwargs,
     ) -> CausalLMOutputWithPast:
-        """input_ids int64 [B, L], with a cache those that follow what it holds -> logits [B, L or logits_to_keep, V]."""
+        """input_ids int64 [B, L], with a cache those after what it holds -> logits [B, L or logits_to_keep, V]."""
         cache = past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
@@ -210,7 +210,8 @@ class VilgForCausalLM(PreTrainedModel, GenerationMixin):
         if not past:
             self._check_padding(input_ids, attention_mask)
         slots, image, target = self._roles(ids)
-        masks = {pattern: self._visible(pattern, ids, slots, image, target, past) for pattern in {*self.config.patterns}}
+        roles = (slots, image, target)
+        masks = {pattern: self._visible(pattern, ids, *roles, past) for pattern in {*self.config.patterns}}
         hidden = self.layers[0](input_ids, slots[:, past:], target[:, past:])
         for block in self.layers[1:-1]:
             hidden = block(hidden, masks, cache)
@@ -275,7 +276,8 @@ class VilgForCausalLM(PreTrainedModel, GenerationMixin):
         ids = kwargs["input_ids"] if inputs is None else inputs
         drawing, room = self._room(ids)
         if not drawing and generation_config is None:
-            greedy = dict(do_sample=False, guidance_scale=1.0, temperature=1.0, top_k=50, top_p=1.0)  # unset, to transformers
+            # The values that mean "not set" to transformers.
+            greedy = dict(do_sample=False, guidance_scale=1.0, temperature=1.0, top_k=50, top_p=1.0)
             kwargs = {**greedy, **kwargs}
         longest = kwargs.get("max_new_tokens") or (kwargs.get("max_length") or ids.shape[1] + room) - ids.shape[1]
         if longest > room:
@@ -289,7 +291,7 @@ class VilgForCausalLM(PreTrainedModel, GenerationMixin):
         return self._padded([tokenizer(text)["input_ids"] + [self.config.vocab_size - 1] for text in prompts])
 
     def caption_inputs(self, codes: Tensor, tokenizer=None, questions: list[str] | None = None) -> dict[str, Tensor]:
-        """Rows for `generate` that ask for a caption, or an answer, for each picture; codes int64 [B, rows, columns]."""
+        """Rows for `generate` that ask for a caption, or an answer, for pictures; codes int64 [B, rows, columns]."""
         pictures = (codes.flatten(1) + self.config.sequence["text_vocab_size"]).tolist()
         texts = [tokenizer(text)["input_ids"] for text in questions] if questions else [[]] * len(pictures)
         return self._padded([[*codes, *text, BEGIN_OF_TEXT] for codes, text in zip(pictures, texts, strict=True)])
