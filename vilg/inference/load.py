@@ -24,7 +24,7 @@ from vilg.inference.format import (
     sampling_of,
 )
 from vilg.inference.sampling import SamplingConfig
-from vilg.inference.weights import FolderWeights
+from vilg.inference.weights import NO_EXPORT, FolderWeights
 from vilg.model.vilg import Vilg
 from vilg.parallel.precision import DTYPE_OF_NAME
 from vilg.tokens.sequence import SequenceSpec
@@ -166,7 +166,7 @@ def _read_versioned(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; expected an export folder made by `vilg export`") from None
+        raise UserError(f"{path}: {NO_EXPORT}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     version = found.get("format_version") if isinstance(found, dict) else None

@@ -13,7 +13,7 @@ from vilg.errors import UserError
 from vilg.inference.format import INDEX_FILE
 from vilg.parallel import layout
 
-_NO_EXPORT = "not found; expected an export folder made by `vilg export`"
+NO_EXPORT = "not found; expected an export folder made by `vilg export`"
 
 
 class FolderWeights:
@@ -64,7 +64,7 @@ def _read_index(path: Path) -> dict[str, str]:
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         plain = all(isinstance(file, str) and file == os.path.basename(file) for file in names.values())
     except FileNotFoundError:
-        raise UserError(f"{path}: {_NO_EXPORT}") from None
+        raise UserError(f"{path}: {NO_EXPORT}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is no index of weights ({error}); export the checkpoint again") from None
     if not plain:
