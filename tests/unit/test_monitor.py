@@ -16,7 +16,7 @@ NOW = 1_800_000_000.0
 
 
 def make_run(folder, *, name="mine", state="training", age=5.0, steps=40):
-    """A run folder as the trainer leaves it, with a skipped step, a rollback and a save; its heartbeat `age` seconds old."""
+    """A run folder as the trainer leaves it, with a skipped step, a rollback and a save; `age`: of its heartbeat."""
     logs = folder / "logs"
     logs.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_recipe(load_recipe(DEBUG_RECIPE, [f"name={name}"], cross_checks=False)))

@@ -51,7 +51,7 @@ def test_wandb_is_offline_in_the_logs_folder_and_gets_figures_under_our_step(tmp
 
 def test_wandb_that_is_not_installed_is_named_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="logging.wandb=online, but the package wandb is not installed.*logging.wandb=off"):
+    with pytest.raises(UserError, match="the package wandb is not installed.*logging.wandb=off"):
         Wandb(recipe("logging.wandb=online"), tmp_path)
 
 
@@ -63,7 +63,8 @@ def test_the_prometheus_file_has_help_type_and_the_last_figures(tmp_path):
     lines = path.read_text().splitlines()
     assert path.name == "my__run__1.prom" and path.read_text().endswith("\n")
     at = lines.index("# TYPE vilg_loss_nats gauge")
-    assert lines[at - 1].startswith("# HELP vilg_loss_nats ") and lines[at + 1] == 'vilg_loss_nats{run="my \\"run\\"/1"} 5.25'
+    assert lines[at - 1].startswith("# HELP vilg_loss_nats ")
+    assert lines[at + 1] == 'vilg_loss_nats{run="my \\"run\\"/1"} 5.25'
     assert 'vilg_step{run="my \\"run\\"/1"} 10' in lines and not any("text_loss" in line for line in lines)
     assert 'vilg_events_total{run="my \\"run\\"/1",event="save"} 1' in lines
 

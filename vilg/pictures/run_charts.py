@@ -117,7 +117,8 @@ def progress_chart(runs: Sequence[RunCurves]) -> Figure | None:
     for run, path in zip(runs, points):
         if len(path) < 2:
             continue
-        axes.plot([(t - path[0][0]) / seconds for t, _ in path], [step for _, step in path], color=run.colour, linewidth=1.6)
+        passed = [(moment - path[0][0]) / seconds for moment, _ in path]
+        axes.plot(passed, [step for _, step in path], color=run.colour, linewidth=1.6)
         for event in run.events:
             if event["event"] in ("start", "hang", "error", "rollback"):
                 _event_point(axes, event, (event["time"] - path[0][0]) / seconds, run)
@@ -157,7 +158,7 @@ def _window_chart(
 
 
 CHARTS = (
-    Chart("loss.png", "Loss", "Faint: every step; strong: moving average over a fiftieth of the run.", loss_chart, True),
+    Chart("loss.png", "Loss", "Faint: every step; strong: mean over a fiftieth of the run.", loss_chart, True),
     Chart(
         "throughput.png",
         "Throughput",

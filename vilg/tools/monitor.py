@@ -118,13 +118,14 @@ def summary(run: RunLogs, *, now: float) -> dict[str, Any]:
     counts = Counter(event["event"] for event in run.events)
     save = next((event for event in reversed(run.events) if event["event"] == "save"), None)
     state, tone = _state(run, window, now=now)
+    trains = tone == "good" and last["step"] < run.steps
     figures = [
         ("loss", "not finite" if last["loss"] is None else f"{last['loss']:.3f}", "nats"),
         ("throughput", f"{window['tokens_per_second']:,.0f}", "tok/s/rank") if window else None,
         ("MFU", f"{window['mfu']:.0%}", "of peak") if window.get("mfu") is not None else None,
         ("memory", f"{window['memory'] / 2**30:.1f}", "GiB") if window else None,
         ("step", f"{window['seconds_per_step']:.2f}", "s") if window else None,
-        ("left", duration(window["eta_seconds"]), "") if window and tone == "good" and last["step"] < run.steps else None,
+        ("left", duration(window["eta_seconds"]), "") if trains and window else None,
         ("last checkpoint", f"{save['step']:,}", f"{duration(max(0, now - save['time']))} ago") if save else None,
     ]
     troubles = [

@@ -1,6 +1,6 @@
 """What happened to a run, beside its steps: logs/events.jsonl, one line an event, only ever appended to.
 
-An event has `time` (seconds since 1970), `event` (one of KINDS), `step` (the last finished one), and what the kind adds;
+An event has `time` (seconds since 1970), `event` (one of KINDS), `step` (the last finished one), and details;
 `text` is the sentence that people read.
 """
 

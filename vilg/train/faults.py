@@ -6,8 +6,8 @@
     VILG_FAULT=stop@step5:rank2           the rank stops itself (SIGSTOP) before the step, as a hanging node does
 
 Several are joined by commas. A fault happens at its step of the first start of a run only: not after a restart that
-SLURM counts (SLURM_RESTART_COUNT), so that a requeued job can be seen to go on. Nothing of this exists while the variable
-is not set.
+SLURM counts (SLURM_RESTART_COUNT), so that a requeued job can be seen to go on. Without the variable nothing of this
+exists.
 """
 
 import os

@@ -22,7 +22,7 @@ class NonFiniteGuard:
     total: int = 0
 
     def check(self, step: int, result: StepResult, config: GuardsConfig) -> str | None:
-        """A warning if the step was skipped. Raises SharedError, on all ranks, once more than the allowed number follow each other."""
+        """A warning if the step was skipped. Raises SharedError, on all ranks, when too many follow each other."""
         if not result.skipped:
             self.in_a_row = 0
             return None
@@ -56,7 +56,7 @@ class StepGuards:
         return self.spikes.limit(self.config) if self.config.spike_action in ("skip", "rollback") else math.inf
 
     def judge(self, plan: StepPlan, result: StepResult, log: RunLog) -> float | None:
-        """Count and report what was wrong with a step; its loss if it is known to the host and finite. All ranks call it.
+        """Count and report what was wrong with a step; its loss if the host knows it and it is finite. All ranks call it.
 
         Raises SharedError, on all ranks, when too much was wrong in a row.
         """
@@ -65,7 +65,7 @@ class StepGuards:
             self.nonfinite.check(plan.step, result, self.config)
             return None  # the loss stays on the device
         loss, limit = float(result.loss), self.spikes.limit(self.config)
-        # That a step was left out is agreed on. Why is asked only then: a loss may differ in its last bit between ranks.
+        # That a step was left out is agreed on. Why is asked only then: losses may differ in a last bit between ranks.
         above = math.isfinite(loss) and loss > plan.loss_limit
         if result.skipped and self.ranks.sum(above)[0]:
             self._answer_spike(plan, loss, log)

@@ -23,8 +23,8 @@ def check_recomputation(
 ) -> None:
     """Compute the step's first micro-batch twice, without gradients; weights and random numbers stay as they are.
 
-    All ranks call it. Raises SharedError naming the ranks and hosts whose bits differ; the loss, a sum over thousands of
-    them, would hide the last ones.
+    All ranks call it. Raises SharedError naming the ranks and hosts whose bits differ; the loss, a sum over thousands
+    of them, would hide the last ones.
     """
     inputs = batch.to(next(model.parameters()).device).inputs()
     seeds = dropout_seeds(recipe, grid, plan, 0, batch)

@@ -73,7 +73,7 @@ class Run:
         self.watch.after_step(plan.step, loss)
 
     def roll_back(self) -> None:
-        """Go back to the last checkpoint's weights and step, and on with the samples behind the spike; all ranks call it.
+        """Go back to the last checkpoint's weights and step, on with the samples behind the spike; all ranks call it.
 
         The checkpoint is written anew, so that a later start goes past the same samples. Raises SharedError when the run
         has gone back to it too often.

@@ -1,4 +1,4 @@
-"""Where a run's figures go beside its own files: TensorBoard, Weights & Biases, and a Prometheus text file. Rank 0 only.
+"""Where a run's figures go beside its own files: TensorBoard, Weights & Biases, a Prometheus text file. Rank 0 only.
 
 A row is a line of metrics.jsonl; an event one of events.jsonl.
 """
@@ -27,6 +27,7 @@ _GAUGES = {
     "tokens_per_second": ("vilg_tokens_per_second", "filled slots per second and rank"),
     "seconds_per_step": ("vilg_step_seconds", "mean duration of a step"),
     "mfu": ("vilg_mfu_ratio", "share of the device's peak that the model's work reaches"),
+    "hfu": ("vilg_hfu_ratio", "the same with what is computed twice to save memory"),
     "data_wait": ("vilg_data_wait_ratio", "share of the time spent waiting for data"),
     "memory": ("vilg_memory_bytes", "peak memory of rank 0"),
     "eta_seconds": ("vilg_eta_seconds", "time that the remaining steps will take"),
@@ -54,7 +55,7 @@ class Sink(Protocol):
 
 
 def open_sinks(recipe: Recipe, folder: Path, *, resume_step: int) -> list[Sink]:
-    """Those that the recipe asks for. folder: the run's logs. Raises UserError for a package or folder that is missing."""
+    """Those that the recipe asks for. folder: the run's logs. Raises UserError for a missing package or folder."""
     wanted, sinks = recipe.logging, []
     if wanted.tensorboard:
         sinks.append(TensorBoard(folder / "tensorboard", resume_step))
@@ -101,8 +102,8 @@ class Wandb:
             wandb = importlib.import_module("wandb")
         except ImportError:
             raise UserError(
-                f"logging.wandb={recipe.logging.wandb}, but the package wandb is not installed; `pip install wandb`, or "
-                "set logging.wandb=off"
+                f"logging.wandb={recipe.logging.wandb}, but the package wandb is not installed; `pip install wandb`, "
+                "or set logging.wandb=off"
             ) from None
         self.run = wandb.init(
             project=recipe.logging.wandb_project,
@@ -127,7 +128,7 @@ class Wandb:
 
 
 class Prometheus:
-    """`<run name>.prom` in the folder of node_exporter's textfile collector, replaced atomically at each console line."""
+    """`<run name>.prom` in the folder of node_exporter's textfile collector, replaced at each console line."""
 
     def __init__(self, folder: Path, name: str) -> None:
         if not folder.is_dir():

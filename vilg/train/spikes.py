@@ -29,7 +29,7 @@ def spike_limit(losses: list[float], threshold: float) -> float:
 class SpikeGuard:
     """Keeps the window and counts. All ranks feed it the same losses, so all of them know the same limit.
 
-    in_a_row: spikes skipped one after another, or rollbacks to the same checkpoint. left_out: [first, end) global sample
+    in_a_row: spikes skipped one after another, or rollbacks to one checkpoint. left_out: [first, end) global sample
     indices that rollbacks went past.
     """
 

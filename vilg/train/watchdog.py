@@ -1,8 +1,8 @@
-"""The hang watchdog: a run whose steps stop coming says where it stands and ends, so that the batch system starts it anew.
+"""The hang watchdog: a run whose steps stop coming says where it stands and ends, so that it can be started anew.
 
 Every rank has its own: when one rank is stuck, dead or stopped, the others wait for it in a collective without end, and
 each of them notices by itself. What is left in logs/: `stacks_rankN.txt` (all threads of every rank that could still
-write) and `flight_rankN.json` (torch's flight recorder: its last collectives). A rank without a fresh stacks file is the
+write) and `flight_rankN.json` (torch's flight recorder: its last collectives). A rank without fresh stacks is the
 one to look at.
 """
 
@@ -31,7 +31,7 @@ def stacks_path(folder: Path, rank: int) -> Path:
 
 
 def silent_ranks(folder: Path, world_size: int, *, since: float) -> list[int]:
-    """Ranks whose stacks file is missing, empty or older than `since` (seconds since 1970, by the file system's clock)."""
+    """Ranks whose stacks file is missing, empty or older than `since` (seconds since 1970, file system's clock)."""
 
     def is_fresh(rank: int) -> bool:
         try:
@@ -44,7 +44,7 @@ def silent_ranks(folder: Path, world_size: int, *, since: float) -> list[int]:
 
 
 class Watchdog:
-    """A thread that ends the process with EXIT_HANG when `beat` was not called for `timeout` seconds (0: it never does).
+    """A thread that ends the process with EXIT_HANG when `beat` was not called for `timeout` seconds (0: never).
 
     A context manager. What has another rhythm (a checkpoint, a sample sheet) goes inside `paused`. exit and say are for
     tests and for the run's log. Raises nothing: a watchdog that fails to write still ends the process.
@@ -105,8 +105,8 @@ class Watchdog:
     def _watch(self) -> None:
         tick = min(5.0, self.timeout / 4)
         while not self._ended.wait(tick):
-            # Code that keeps the interpreter's lock would stop this thread too. The C timer needs no lock; it is put off
-            # as long as this thread runs.
+            # Code that keeps the interpreter's lock would stop this thread too. The C timer needs no lock; it is put
+            # off as long as this thread runs.
             faulthandler.dump_traceback_later(self.timeout + 4 * self.grace + tick, exit=True, file=self._backstop)
             if self._pauses == 0 and time.monotonic() - self._last > self.timeout:
                 self._report()
