@@ -22,12 +22,12 @@ def render(
     lines = template.splitlines()
     shebang, body = lines[0], lines[1:]
     kept = [line for line in body if not ((found := _DIRECTIVE.match(line)) and found[1] in options)]
-    directives = [f"#SBATCH --{name}" if value is None else f"#SBATCH --{name}={value}" for name, value in options.items()]
-    # Directives end at the first command: everything else goes behind the last of them.
-    last = max((i for i, line in enumerate(kept) if _DIRECTIVE.match(line)), default=-1)
+    directives = [f"#SBATCH --{name}" if value is None else f"#SBATCH --{name}={shlex.quote(value)}" for name, value in options.items()]
+    # Directives end at the first command, so that all go before it.
+    first = next((i for i, line in enumerate(kept) if line and not line.startswith("#")), len(kept))
     filled = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     filled.append(f"set -- {shlex.join(arguments)}")
-    return "\n".join([shebang, *kept[: last + 1], *directives, *filled, *kept[last + 1 :]]) + "\n"
+    return "\n".join([shebang, *kept[:first], *directives, *filled, *kept[first:]]) + "\n"
 
 
 def partitions() -> list[str]:

@@ -1,0 +1,69 @@
+"""Batch scripts as `vilg submit` fills them in; what needs a cluster is in tests/slurm."""
+
+import subprocess
+
+import pytest
+
+from tests.golden.make import DEBUG_RECIPE
+from vilg.__main__ import main as vilg
+from vilg.errors import UserError
+from vilg.tools.batch import render
+
+ON_CPU = ["--gpus-per-node", "0", "--tasks-per-node", "2", "--batch.micro_size=4"]
+
+
+def test_options_replace_the_templates_and_stand_before_the_first_command():
+    template = "#!/bin/sh\n# about\n#SBATCH --job-name=old\n#SBATCH --requeue\nset -u\n"
+    script = render(template, {"job-name": "new", "requeue": None, "nodes": "2"}, {"A": "x y"}, ["r.yaml", "--a.b=c d"])
+    assert script.splitlines() == [
+        "#!/bin/sh",
+        "# about",
+        "#SBATCH --job-name=new",
+        "#SBATCH --requeue",
+        "#SBATCH --nodes=2",
+        "export A='x y'",
+        "set -- r.yaml '--a.b=c d'",
+        "set -u",
+    ]
+
+
+@pytest.fixture
+def at_root(repository, monkeypatch, tmp_path):
+    """In the repository, with a machine that has no SLURM."""
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr("vilg.tools.batch.shutil.which", lambda name: None)
+
+
+def test_a_dry_run_prints_a_script_that_bash_can_read_and_writes_nothing(at_root, tmp_path, capsys):
+    arguments = [str(DEBUG_RECIPE), "--nodes", "1-2", "--time", "1:00:00", "--exclude-bad", "--chain", "2", "--dry-run"]
+    assert vilg(["submit", *arguments, *ON_CPU, f"--run_dir={tmp_path / 'a run'}"]) == 0
+    script = capsys.readouterr().out
+    assert not (tmp_path / "a run").exists()
+    for line in ("--nodes=1-2", "--ntasks-per-node=2", "--time=1:00:00", "--dependency=singleton", "--signal=B:USR1@180"):
+        assert f"#SBATCH {line}\n" in script
+    assert f"#SBATCH --output='{tmp_path}/a run/logs/slurm-%j.out'\n" in script and "#SBATCH --gpus" not in script
+    assert "export VILG_CHAINED=yes\n" in script and "export VILG_EXCLUDE_BAD=yes\n" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "4-3"], "--nodes 4-3: write a number of nodes, or the least and the most"),
+        (["--nodes", "few"], "--nodes few: write a number"),
+        (["--nodes", "2", "--chain", "0"], "--chain 0 is no number of jobs"),
+        (["--nodes", "1-3"], r"on 3 of --nodes 1-3 \(6 processes\): .*batch.global_size=16"),
+        (["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "0"], "say the processes too"),
+        (["--nodes", "2", "--accept=sead"], "--accept=sead: a recipe has no such key"),
+    ],
+)
+def test_mistakes_in_the_command_are_named(at_root, arguments, message):
+    with pytest.raises(UserError, match=message):
+        from vilg.tools.submit import main
+
+        main([str(DEBUG_RECIPE), *ON_CPU, *arguments, "--dry-run"])
+
+
+def test_without_slurm_the_message_says_so(at_root, tmp_path, capsys):
+    assert vilg(["submit", str(DEBUG_RECIPE), "--nodes", "2", *ON_CPU, f"--run_dir={tmp_path / 'run'}"]) == 2
+    assert "sbatch is not found: this machine is no login node" in capsys.readouterr().err
