@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,7 +117,12 @@ def test_stragglers_are_found_in_work_and_in_waiting_for_data():
     even = times((0.5, 0.0), (0.52, 0.01), (0.5, 0.0), (0.55, 0.0))
     assert find_stragglers(even, percent=30) == []
     uneven = times((0.5, 0.0), (0.8, 0.0), (0.5, 0.0), (0.5, 0.4))
-    assert [(rank, what) for rank, what, *_ in find_stragglers(uneven, percent=30)] == [(1, "forward"), (3, "data wait")]
+    found = [(rank, what) for rank, what, *_ in find_stragglers(uneven, percent=30)]
+    assert found == [(1, "forward"), (3, "data wait")]
+    stages = [replace(t, stage=rank // 2) for rank, t in enumerate(times((1.0, 0), (1.0, 0), (3.0, 0), (3.1, 0)))]
+    assert find_stragglers(stages, percent=30) == []  # the later stage simply has more to do
+    stages[3] = replace(stages[3], forward=9.0)
+    assert [(rank, what) for rank, what, *_ in find_stragglers(stages, percent=30)] == [(3, "forward")]
     assert find_stragglers(uneven, percent=0) == [] and find_stragglers(uneven[:1], percent=30) == []
 
 

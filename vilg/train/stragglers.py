@@ -7,7 +7,7 @@ passes (without tensor parallelism or ZeRO 3, which make their group one) and it
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from vilg.parallel.ranks import Ranks
 
 @dataclass(frozen=True)
 class RankTimes:
-    """Seconds per step of one rank since the last report."""
+    """Seconds per step of one rank since the last report. stage: of the pipeline; stages have different layers."""
 
     step: float
     forward: float
     data_wait: float
+    stage: int = 0
 
 
 class ForwardClock:
@@ -85,16 +86,20 @@ class StragglerReport:
 
 
 def find_stragglers(times: Sequence[RankTimes], *, percent: float) -> list[tuple[int, str, float, float]]:
-    """(rank, what, its seconds, median) of the slowest rank in forward passes and in waiting for data, where it is more
-    than `percent` of a step over the median; 0: never. Of an even number of ranks the lower median is taken."""
+    """(rank, what, its seconds, median) of the slowest rank of each pipeline stage in forward passes and of all ranks in
+    waiting for data, where it is more than `percent` of a step over the median; 0: never. Of an even number of ranks the
+    lower median is taken."""
     found = []
-    if percent <= 0 or len(times) < 2:
+    if percent <= 0:
         return found
-    for what, key in (("forward", "forward"), ("data wait", "data_wait")):
-        values = [asdict(t)[key] for t in times]
-        middle, worst = statistics.median_low(values), max(values)
-        # In shares of the forward time for the work, of the whole step for a wait whose median is often zero.
-        unit = middle if key == "forward" else statistics.median_low(t.step for t in times)
-        if unit > 0 and worst - middle > percent / 100 * unit:
-            found.append((values.index(worst), what, worst, middle))
+    everyone = range(len(times))
+    stages = [[rank for rank in everyone if times[rank].stage == stage] for stage in sorted({t.stage for t in times})]
+    # In shares of the forward time for the work, of the whole step for a wait whose median is often zero.
+    looks = [("forward", "forward", "forward", ranks) for ranks in stages]
+    for what, key, unit_key, ranks in [*looks, ("data wait", "data_wait", "step", everyone)]:
+        values = {rank: getattr(times[rank], key) for rank in ranks}
+        worst, middle = max(values, key=values.__getitem__), statistics.median_low(values.values())
+        unit = statistics.median_low(getattr(times[rank], unit_key) for rank in ranks)
+        if len(values) > 1 and unit > 0 and values[worst] - middle > percent / 100 * unit:
+            found.append((worst, what, values[worst], middle))
     return found

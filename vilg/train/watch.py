@@ -1,4 +1,4 @@
-"""Everything that watches a run while it trains, put together: watchdog, heartbeat, stragglers, recomputation, faults."""
+"""All that watches a run while it trains, put together: watchdog, heartbeat, stragglers, recomputation, faults."""
 
 import os
 import socket
@@ -125,6 +125,7 @@ class Watch:
             step=window.seconds_per_step,
             forward=self.clock.take() / max(1, steps),
             data_wait=window.data_wait * window.seconds_per_step,
+            stage=self.grid.pipeline_rank,
         )
         times = self.ranks.gather(own)
         for text in self.stragglers.check(times):
