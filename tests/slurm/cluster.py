@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.distributed.helpers import free_port
@@ -136,7 +136,7 @@ class Cluster:
         names = ",".join(self.nodes)
         gres = f"NodeName={names} Name=gpu Type=a100 File={self.folder}/dev/nvidia[0-3]\n"
         (self.folder / "gres.conf").write_text(gres)
-        version = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, env=self.environment).stdout.split()[1]
+        version = self.call("slurmd", "-V").split()[1]
         plugin = "disabled" if tuple(map(int, version.split(".")[:2])) >= (23, 11) else "cgroup/v1"
         (self.folder / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
 
@@ -197,9 +197,12 @@ class Cluster:
                 except ProcessLookupError:
                     pass  # it ended by itself
 
-    def call(self, *command: str, check: bool = True) -> str:
+    def call(
+        self, *command: str, check: bool = True, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         """Run a client command; what it printed on stdout. AssertionError if it fails."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        environment = {**self.environment, **(env or {})}
+        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 

@@ -1,12 +1,16 @@
 """Jobs on a real SLURM with two virtual nodes of two processes each: what ends a run early, and how it goes on."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 
-from tests.golden.make import read_losses
+from tests.golden.make import ROOT, read_losses
 from tests.slurm.cluster import wait_for
-from tests.slurm.conftest import STEPS
+from tests.slurm.conftest import STEPS, job_environment
+from tests.unit.data_support import make_raw
+from vilg.data.tokenize import main as tokenize_main
 from vilg.train.events import read_events
 from vilg.train.rundir import LOGS
 
@@ -93,6 +97,75 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(submit, cluster, unbroken, t
     finally:
         cluster.start_node(node)
         cluster.wait_idle()
+
+
+def test_a_bad_node_is_found_before_training_and_left_out(submit, tmp_path):
+    """node2 has another version of a package than node1."""
+    package = tmp_path / "other" / "safetensors-0.0.1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: safetensors\nVersion: 0.0.1\n")
+    python = tmp_path / "python"
+    found = f'[ "${{SLURMD_NODENAME:-}}" != node2 ] || export PYTHONPATH={package.parent}:$PYTHONPATH'
+    python.write_text(f'#!/bin/sh\n{found}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    options = ["--exclude-bad"]
+    job = submit(tmp_path / "run", *options, nodes="1-2", env={"PYTHON": str(python)}, schedule__steps=3)
+    job.wait_for_text("preflight found node2 bad; requeued")
+    assert "node2: safetensors 0.0.1 instead of" in job.text()
+    finished(job, restarts=1)
+    assert job.wait()["NodeList"] == "node1" and job.wait()["ExcNodeList"] == "node2"
+
+
+def test_an_array_of_tokenising_jobs_is_completed_after_one_was_killed(cluster, data, tmp_path):
+    raw = make_raw(tmp_path / "raw", [3, 2, 4])
+    arguments = [str(raw), "--image-model", data["tokens.image_model"], "--out", str(tmp_path / "out")]
+
+    def array() -> str:
+        command = ["sbatch", "--parsable", "--array=0-1", f"--output={tmp_path}/%a.out", "launch/tokenize.sbatch"]
+        return cluster.call(*command, *arguments, env=job_environment(), cwd=ROOT).strip()
+
+    first = array()
+    cluster.wait(f"{first}_1", "RUNNING")
+    cluster.call("scancel", f"{first}_1")
+    assert cluster.wait(f"{first}_0")["JobState"] == "COMPLETED", (tmp_path / "0.out").read_text()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    again = array()
+    assert [cluster.wait(f"{again}_{part}")["JobState"] for part in (0, 1)] == ["COMPLETED"] * 2
+    tokenize_main([str(raw), "--image-model", data["tokens.image_model"], "--out", str(tmp_path / "whole")])
+    for name in ("manifest.json", *(path.name for path in raw.glob("*.tar"))):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+LONG = {"batch__global_size": 256, "schedule__steps": 60}
+
+
+@pytest.fixture(scope="module")
+def long(submit, tmp_path_factory):
+    """A run of a minute or more that nothing happened to."""
+    job = submit(tmp_path_factory.mktemp("long") / "run", "--no-preflight", **LONG)
+    finished(job, restarts=0, seconds=900)
+    return job
+
+
+@pytest.mark.slow
+def test_the_real_time_limit_is_survived(submit, long, tmp_path):
+    """A minute, and SLURM's warning up to a minute before (it looks every so often)."""
+    job = submit(tmp_path / "run", "--time", "1", "--warn-seconds", "15", "--no-preflight", **LONG)
+    facts = job.wait(seconds=900)
+    assert facts["JobState"] == "COMPLETED" and int(facts["Restarts"]) >= 1, job.text()
+    assert "SLURM warns of the end" in job.text() and read_losses(job.run_dir) == read_losses(long.run_dir)
+
+
+@pytest.mark.slow
+def test_a_chain_of_three_short_jobs_equals_one_long_one(submit, cluster, long, tmp_path):
+    job = submit(tmp_path / "run", "--chain", "3", "--no-preflight", **LONG)
+    for number in job.numbers[:2]:
+        place = replace(job, numbers=[number])
+        place.wait_for_text("step ", seconds=200)
+        cluster.call("scancel", "--signal=USR1", "--batch", number)
+        place.wait_for_text("the next job of the chain continues")
+    assert job.wait(seconds=900)["JobState"] == "COMPLETED", job.text()
+    assert len(events(job, "stop")) == 2 and read_losses(job.run_dir) == read_losses(long.run_dir)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The batch script against stand-ins for SLURM's commands: what it starts, and when it requeues."""
+"""What the batch script decides after a start, against stand-ins for SLURM's commands: cases that are slow to bring about
+on the real SLURM of tests/slurm, which covers the rest.
+"""
 
 import os
 import subprocess
@@ -12,14 +14,19 @@ from tests.golden.make import DEBUG_RECIPE, ROOT
 # Stands for srun: notes how it was called, and does what the ranks would do to the run folder.
 SRUN = """#!/usr/bin/env bash
 echo "$@ port=$MASTER_PORT addr=$MASTER_ADDR" >> "$NOTES/srun"
-case "$*" in *"vilg preflight"*) exit "${PREFLIGHT:-0}";; esac
-mkdir -p "$RUN"
+case "$*" in *"vilg preflight"*) [ -z "${BAD:-}" ] || echo "$BAD" > "$RUN/logs/bad_nodes"; exit "${PREFLIGHT:-0}";; esac
 [ -z "${LATEST:-}" ] || echo "$LATEST" > "$RUN/LATEST"
-[ -z "${DONE:-}" ] || touch "$RUN/DONE"
+[ -z "${STOP:-}" ] || touch "$RUN/STOP"
+echo "3: the rank's words"
 exit "${TRAIN:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then echo node1; echo node2; else echo "$@" >> "$NOTES/scontrol"; fi
+case "$*" in
+    "show hostnames"*) echo node1; echo node2;;
+    *"show node"*) echo "NodeName=$4 Arch=x NodeAddr=10.0.0.1 NodeHostName=$4";;
+    *"show job"*) echo "JobId=1 ReqNodeList=(null) ExcNodeList=node7 Nice=0";;
+    *) echo "$@" >> "$NOTES/scontrol";;
+esac
 """
 
 
@@ -44,6 +51,8 @@ def submit(tmp_path):
             "SLURM_SUBMIT_DIR": str(ROOT),
             "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_NTASKS_PER_NODE": "4",
             **settings,
         }
         command = [ROOT / "launch" / "train.sbatch", DEBUG_RECIPE, f"--run_dir={tmp_path / 'run'}"]
@@ -54,27 +63,31 @@ def submit(tmp_path):
     return run
 
 
-def test_a_finished_run_is_not_requeued_and_ranks_get_address_and_port(submit):
-    code, started, requeued = submit(DONE="yes", LATEST="step_00000050")
-    assert code == 0 and requeued == []
-    assert "vilg preflight" in started and f"vilg train {DEBUG_RECIPE}" in started
-    assert "port=23456 addr=node1" in started and "--kill-on-bad-exit=1" in started
+def test_ranks_get_address_and_port_and_their_words_a_file_each(submit, tmp_path):
+    code, started, requeued = submit(LATEST="step_00000010")
+    assert code == 0 and requeued == ["requeue 123456"]
+    assert "port=23456 addr=10.0.0.1" in started and "--ntasks=8" in started
+    assert (tmp_path / "run" / "logs" / "rank_3.out").read_text() == "the rank's words\n"
 
 
-def test_an_unfinished_run_is_requeued_while_it_makes_progress(submit):
-    for step in range(4):
+def test_an_unfinished_run_is_requeued_while_it_makes_progress_and_stops_after_three_starts_without(submit):
+    for step in range(2):
         assert submit(LATEST=f"step_{step:08d}")[2] == ["requeue 123456"]
-
-
-def test_three_starts_without_a_new_checkpoint_end_the_requeueing(submit):
-    submit(LATEST="step_00000010")
     assert [len(submit(TRAIN="1")[2]) for _ in range(3)] == [1, 1, 0]
 
 
-def test_a_mistake_or_a_failed_preflight_is_not_requeued(submit):
+def test_a_mistake_a_failed_preflight_a_stop_file_and_a_chained_job_are_not_requeued(submit):
     assert submit(TRAIN="2")[::2] == (2, [])
     code, started, requeued = submit(PREFLIGHT="1")
     assert code == 1 and requeued == [] and "vilg train" not in started
+    assert submit(TRAIN="1", VILG_CHAINED="yes")[::2] == (1, [])
+    assert submit(STOP="yes", LATEST="step_00000020")[::2] == (0, [])
+
+
+def test_a_bad_node_joins_those_left_out_only_when_asked(submit):
+    assert submit(PREFLIGHT="1", BAD="node2", VILG_PREFLIGHT="yes")[::2] == (1, [])
+    code, _, calls = submit(PREFLIGHT="1", BAD="node2", VILG_EXCLUDE_BAD="yes")
+    assert code == 0 and calls == ["requeue 123456", "update JobId=123456 ExcNodeList=node7,node2"]
 
 
 def test_local_script_says_how_it_is_used():

@@ -22,7 +22,8 @@ def render(
     lines = template.splitlines()
     shebang, body = lines[0], lines[1:]
     kept = [line for line in body if not ((found := _DIRECTIVE.match(line)) and found[1] in options)]
-    directives = [f"#SBATCH --{name}" if value is None else f"#SBATCH --{name}={shlex.quote(value)}" for name, value in options.items()]
+    given = {name: "" if value is None else f"={shlex.quote(value)}" for name, value in options.items()}
+    directives = [f"#SBATCH --{name}{value}" for name, value in given.items()]
     # Directives end at the first command, so that all go before it.
     first = next((i for i, line in enumerate(kept) if line and not line.startswith("#")), len(kept))
     filled = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]

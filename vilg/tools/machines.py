@@ -1,4 +1,4 @@
-"""Preflight's rows about the machines: versions, GPUs, their speed and the ways between them, compared over all ranks."""
+"""Preflight's rows about the machines: versions, GPUs, speed, the ways between them; compared over all ranks."""
 
 import os
 import shutil
@@ -104,7 +104,8 @@ def gpu_health(uuid: str) -> dict[str, str]:
 def health_row(health: Sequence[dict[str, str]], report: Report) -> Row:
     """ECC errors, throttling and clocks of all ranks as one row; nodes with a fault are blamed."""
     if not all(health):
-        return Row("GPU health", "absent", "nvidia-smi is missing or does not answer: ECC errors and clocks not checked")
+        text = "nvidia-smi is missing or does not answer: ECC errors and clocks are not checked"
+        return Row("GPU health", "absent", text)
     faults = []
     for rank, (facts, node) in enumerate(zip(health, report.nodes, strict=True)):
         for name in _FAULTS:
@@ -157,9 +158,11 @@ def _check_links(report: Report, ranks: Ranks, device: torch.device) -> None:
     alone = len(members[names.index(report.nodes[ranks.rank])]) == 1
     gb = 1e9, "GB/s"
     if len(names) > 1:
-        _speed(
-            report, ranks, "all-reduce in a node", *gb, lambda: None if alone else bandwidth.all_reduce_bytes(mine, device)
-        )
+
+        def inside() -> float | None:
+            return None if alone else bandwidth.all_reduce_bytes(mine, device)
+
+        _speed(report, ranks, "all-reduce in a node", *gb, inside)
     world = dist.group.WORLD
     _speed(report, ranks, "all-reduce", *gb, lambda: bandwidth.all_reduce_bytes(world, device))
     _speed(report, ranks, "reduce-scatter", *gb, lambda: bandwidth.reduce_scatter_bytes(world, device))

@@ -22,14 +22,15 @@ class Slow:
     peers: float
 
     def __str__(self) -> str:
-        return f"{self.node} (rank {self.rank}): {self.measure} {100 * (1 - self.value / self.peers):.0f}% below its peers"
+        below = 100 * (1 - self.value / self.peers)
+        return f"{self.node} (rank {self.rank}): {self.measure} {below:.0f}% below its peers"
 
 
 def find_slow(measure: str, values: Sequence[float | None], nodes: Sequence[str]) -> list[Slow]:
     """The worst rank of every node that has one more than 10% and more than 3 sigma below its peers.
 
-    values: by rank, larger is better; None where a rank has no such figure. Peers are the ranks of other nodes; in a job
-    of one node, the other ranks. Sigma comes from the median absolute deviation, which other slow ranks do not widen.
+    values: by rank, larger is better; None where a rank has no such figure. Peers are the ranks of other nodes; in a
+    job of one node, the other ranks. Sigma comes from the median absolute deviation, which other slow ranks do not widen.
     """
     worst: dict[str, Slow] = {}
     for rank, (value, node) in enumerate(zip(values, nodes, strict=True)):

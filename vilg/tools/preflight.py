@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 
 from vilg.config import Recipe, load_recipe, take_overrides
-from vilg.data.loader import TokenDataset
+from vilg.data.loader import Blend, open_data
 from vilg.data.manifest import write_json
 from vilg.errors import UserError
 from vilg.model.size import num_parameters, state_bytes
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.files import write_atomically
-from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.tools.machines import Report, Row, check_machines
@@ -71,7 +70,8 @@ def examine(
 
 def _print(report: Report, options: argparse.Namespace) -> None:
     width = max(len(row.check) for row in report.rows)
-    print("\n".join(f"{row.status:<6}  {row.check:<{width}}  {row.detail}" for row in report.rows))
+    for row in report.rows:  # line by line: srun would break a long text anywhere
+        print(f"{row.status:<6}  {row.check:<{width}}  {row.detail}", flush=True)
     if report.bad_nodes:
         print(f"nodes to run without: {', '.join(report.bad_nodes)}")
     if options.json:
@@ -144,18 +144,20 @@ def _tokenizers(recipe: Recipe) -> Iterator[Row]:
 
 
 def _shards(recipe: Recipe) -> Iterator[Row]:
-    dataset = TokenDataset.open(recipe.data.train)
-    spec: SequenceSpec = sequence_spec(recipe)
-    dataset.check(spec, image_tokenizer_hash=ImageTokenizer.load(recipe.tokens.image_model).hash)
-    # The first and the last sample of every shard: opens each, and checks it against its entry in the manifest.
-    first = 0
-    for shard in dataset.manifest.shards:
-        for index in {first, first + shard.samples - 1} if shard.samples else ():
-            dataset.sample(index)
-        first += shard.samples
-    epochs = recipe.schedule.steps * recipe.batch.global_size / dataset.num_samples
-    yield Row(
-        "shards",
-        "ok",
-        f"{len(dataset.manifest.shards)} shards, {dataset.num_samples:,} samples, read {epochs:.1f} times",
-    )
+    data = open_data(recipe.data)
+    data.check(sequence_spec(recipe), image_tokenizer_hash=ImageTokenizer.load(recipe.tokens.image_model).hash)
+    parts, counts = (data.parts, data.counts) if isinstance(data, Blend) else ((data,), (1,))
+    for dataset, count in zip(parts, counts):
+        # The first and the last sample of every shard: opens each, and checks it against its entry in the manifest.
+        first = 0
+        for shard in dataset.manifest.shards:
+            for index in {first, first + shard.samples - 1} if shard.samples else ():
+                dataset.sample(index)
+            first += shard.samples
+        epochs = recipe.schedule.steps * recipe.batch.global_size * count / sum(counts) / dataset.num_samples
+        where = f"{dataset.folder}: " if len(parts) > 1 else ""
+        yield Row(
+            "shards",
+            "ok",
+            f"{where}{len(dataset.manifest.shards)} shards, {dataset.num_samples:,} samples, read {epochs:.1f} times",
+        )

@@ -1,4 +1,4 @@
-"""`vilg submit RECIPE --nodes N`: check everything that can be wrong, fill in launch/train.sbatch, and hand it to SLURM.
+"""`vilg submit RECIPE --nodes N`: check what can be wrong, fill in launch/train.sbatch, and hand it to SLURM.
 
 What fails here fails in seconds instead of after hours in the queue: the recipe on this number of processes, its memory
 on these GPUs, the run folder, and what SLURM itself says about partition, nodes and time.
@@ -65,7 +65,9 @@ def main(argv: Sequence[str]) -> int:
     refuse_stopped(recipe.run_dir)
     notes = check_run_dir(recipe, accept)
     if options.partition and options.partition not in (known := partitions()):
-        raise UserError(f"--partition {options.partition}: there is no such partition; this cluster has {', '.join(known)}")
+        raise UserError(
+            f"--partition {options.partition}: there is no such partition; this cluster has {', '.join(known)}"
+        )
     print(plan)
     for note in [*notes, test_only(script, extra)]:
         print(f"note: {note}")
@@ -87,9 +89,10 @@ def plan_text(options: argparse.Namespace, overrides: Sequence[str], nodes: Node
     from vilg.tools.plan import main as plan
 
     said = io.StringIO()
+    gpu = ["--gpu", options.gpu] if options.gpu else []
     with contextlib.redirect_stdout(said):
         for gpus in sorted({nodes.world_sizes[0], nodes.world_sizes[-1]}):
-            plan([str(options.recipe), "--gpus", str(gpus), *(["--gpu", options.gpu] if options.gpu else []), *overrides])
+            plan([str(options.recipe), "--gpus", str(gpus), *gpu, *overrides])
             print()
     return said.getvalue().rstrip()
 
@@ -130,7 +133,8 @@ def _load(path: Path, overrides: Sequence[str], nodes: Nodes) -> Recipe:
         except UserError as error:
             if len(nodes.world_sizes) == 1:
                 raise
-            raise UserError(f"on {world_size // nodes.tasks} of --nodes {nodes} ({world_size} processes): {error}") from None
+            place = f"on {world_size // nodes.tasks} of --nodes {nodes} ({world_size} processes)"
+            raise UserError(f"{place}: {error}") from None
     return recipe
 
 
@@ -157,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilg submit",
         description="Check a recipe, its run folder and the cluster, and submit launch/train.sbatch for it.",
-        epilog="--section.key=value overrides a key of the recipe; what follows -- goes to sbatch, as in -- --account=x",
+        epilog="--section.key=value overrides a key of the recipe; what follows -- goes to sbatch: -- --account=x",
     )
     add = parser.add_argument
     add("recipe", type=Path, help="YAML file, for example launch/recipes/debug.yaml")
@@ -168,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu", metavar="NAME", help="kind of GPU, for the plan's memory and time (vilg plan --help lists them)")
     add("--time", metavar="T", help="time limit of one start, as SLURM writes it: 24:00:00, 2-00:00:00")
     add("--partition", metavar="P", help="partition (default: the cluster's)")
-    add("--chain", type=int, default=1, metavar="K", help="K jobs, one after another, instead of one that requeues itself")
+    add("--chain", type=int, default=1, metavar="K", help="K jobs in turn instead of one that requeues itself")
     add("--warn-seconds", type=int, default=180, metavar="S", help="seconds before the limit when the run saves (180)")
     add("--exclude-bad", action="store_true", help="start again without nodes that preflight finds bad or slow")
     add("--no-preflight", action="store_true", help="train without checking the machines first")
