@@ -57,10 +57,18 @@ class TokensConfig(Section):
     image_vocab_size: PositiveInt = Field(description="Codes of the image tokenizer.")
 
 
+class BlendPart(Section):
+    """A further data set of a run."""
+
+    path: Path = Field(description="Folder of token shards with manifest.json.")
+    weight: float = Field(gt=0, description="Samples of it for every sample of data.train.")
+
+
 class DataConfig(Section):
     """Where token shards lie and how pairs become sequences."""
 
     train: Path = Field(description="Folder of token shards with manifest.json.")
+    blend: tuple[BlendPart, ...] = Field((), description="Further data sets, mixed in by weight; data.train has 1.")
     directions: Literal["both", "alternate"] = Field(
         "alternate", description="both: each pair gives two sequences (the paper); alternate: a seeded coin per pair."
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta
 from vilg.data.manifest import Manifest
+from vilg.data.order import Order
 from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, index_shard
 from vilg.data.tar import ShardError
 from vilg.errors import UserError
@@ -79,6 +80,10 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def order(self, seed: int) -> Order:
+        """In which order a run of this seed visits the samples."""
+        return Order(self.num_samples, seed)
 
     def check(self, spec: SequenceSpec, *, image_tokenizer_hash: str | None = None) -> None:
         """Raise UserError unless these tokens are what a recipe with `spec` (and that image tokenizer) expects."""

@@ -20,12 +20,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vilg.config.schema import DataConfig
+from vilg.data.blend import Blend, open_data
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
 from vilg.data.steps import StepBuilder, StepData, TextEncoder
 from vilg.errors import UserError
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 
-__all__ = ["Loader", "LoaderState", "SampleError", "TokenDataset", "TokenSample"]
+__all__ = ["Blend", "Loader", "LoaderState", "SampleError", "TokenDataset", "TokenSample", "open_data"]
 
 STATE_VERSION = 1
 ENOUGH_SEEN = 10_000  # samples before a share of bad ones means anything; fewer are judged as if they were so many
@@ -68,7 +69,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | Blend,
         text_tokenizer: TextEncoder,
         spec: SequenceSpec,
         data_config: DataConfig,
@@ -131,7 +132,7 @@ class Loader:
             self._consumed += self._global_size
             yield data.batches()
 
-    def _start(self, state: LoaderState | None, dataset: TokenDataset) -> int:
+    def _start(self, state: LoaderState | None, dataset: TokenDataset | Blend) -> int:
         if state is None:
             return 0
         if state.manifest_hash != dataset.manifest_hash:

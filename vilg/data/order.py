@@ -36,12 +36,12 @@ def uniforms(seed: int, purpose: str, first: int, count: int) -> np.ndarray:
 
 
 class Order:
-    """Order of `num_samples` samples under one seed."""
+    """Order of `num_samples` samples under one seed. stream: tells apart the data sets that a run blends."""
 
-    def __init__(self, num_samples: int, seed: int):
+    def __init__(self, num_samples: int, seed: int, stream: str = "order"):
         if num_samples <= 0:
             raise UserError("the data set holds no samples, so there is no order to visit them in")
-        self.num_samples, self.seed = num_samples, seed
+        self.num_samples, self.seed, self.stream = num_samples, seed, stream
         self._num_blocks = -(-num_samples // BLOCK_SAMPLES)
         self._missing = self._num_blocks * BLOCK_SAMPLES - num_samples  # samples that the last block lacks
         # A step touches one window, two at a border; a few more serve replacements. Block permutations: two epochs.
@@ -49,7 +49,7 @@ class Order:
         self._window = lru_cache(maxsize=4)(self._shuffle_window)
 
     def __reduce__(self):
-        return Order, (self.num_samples, self.seed)
+        return Order, (self.num_samples, self.seed, self.stream)
 
     def __call__(self, global_indices: np.ndarray) -> np.ndarray:
         """Sample indices (int64 [n]) of global sample indices, which count on through the epochs (int64 [n])."""
@@ -77,12 +77,21 @@ class Order:
             samples[at] = self._window(epoch, int(window))[offsets[at]]
         return samples
 
+    def epoch(self, index: int) -> int:
+        """The epoch of a global index."""
+        return index // self.num_samples
+
+    def following(self, index: int, steps: int) -> int:
+        """The sample `steps` places after that of a global index, in the same epoch, round its end."""
+        epoch, position = divmod(index, self.num_samples)
+        return int(self.at(epoch, np.array([(position + steps) % self.num_samples]))[0])
+
     def _short_window(self, epoch: int) -> int:
         return int(self._blocks(epoch)[1]) // WINDOW_BLOCKS
 
     def _permute_blocks(self, epoch: int) -> tuple[np.ndarray, int]:
         """The epoch's permutation of blocks and the place in it of the last, short block."""
-        raw = philox(self.seed, "order-blocks", epoch).random_raw(self._num_blocks)
+        raw = philox(self.seed, f"{self.stream}-blocks", epoch).random_raw(self._num_blocks)
         blocks = np.argsort(raw, kind="stable")
         return blocks, int(np.flatnonzero(blocks == self._num_blocks - 1)[0])
 
@@ -91,5 +100,5 @@ class Order:
         blocks = self._blocks(epoch)[0][window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
         samples = (blocks[:, None] * BLOCK_SAMPLES + np.arange(BLOCK_SAMPLES)).reshape(-1)
         samples = samples[samples < self.num_samples]
-        raw = philox(self.seed, "order-window", epoch, window).random_raw(samples.size)
+        raw = philox(self.seed, f"{self.stream}-window", epoch, window).random_raw(samples.size)
         return samples[np.argsort(raw, kind="stable")]

@@ -10,8 +10,9 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from vilg.data.blend import Blend
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
-from vilg.data.order import Order, uniforms
+from vilg.data.order import uniforms
 from vilg.errors import UserError
 from vilg.tokens.sequence import Sample, SequenceBatch, SequenceSpec, collate, image_to_text, text_to_image
 
@@ -63,7 +64,7 @@ class StepData:
 class StepBuilder:
     """Callable: first global index of a step -> StepData. Picklable; caches refill in the process that calls it."""
 
-    dataset: TokenDataset
+    dataset: TokenDataset | Blend
     text_tokenizer: TextEncoder
     spec: SequenceSpec
     directions: Literal["both", "alternate"]
@@ -76,7 +77,7 @@ class StepBuilder:
     data_size: int
 
     def __post_init__(self) -> None:
-        self._order = Order(self.dataset.num_samples, self.seed)
+        self._order = self.dataset.order(self.seed)
         self._encoded: OrderedDict[str, tuple[int, ...]] = OrderedDict()
 
     def __reduce__(self):
@@ -102,16 +103,14 @@ class StepBuilder:
         return StepData(arrays, mine.size, bad)
 
     def _pair(self, index: int, number: int, chance: float, bad: list[BadSample]) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Codes and caption ids at global index `index`, or those of the next good position in the epoch's order.
+        """Codes and caption ids at global index `index`, or those of the next good position in its data set's order.
 
         Only the sample at `index` itself is recorded as bad: its followers are recorded at their own index, once.
         """
-        epoch, position = divmod(index, self.dataset.num_samples)
         attempts = min(MAX_BAD_IN_A_ROW, self.dataset.num_samples)
         for attempt in range(attempts):
             if attempt:
-                at = (position + attempt) % self.dataset.num_samples
-                number = int(self._order.at(epoch, np.array([at]))[0])
+                number = self._order.following(index, attempt)
             try:
                 sample = self.dataset.sample(number)
                 return sample.codes, self._caption(number, sample, chance)
@@ -119,7 +118,7 @@ class StepBuilder:
                 last = error
                 if attempt == 0:
                     bad.append(
-                        BadSample(index, epoch, number, error.shard, error.key, error.reason, error.detail)
+                        BadSample(index, self._order.epoch(index), number, error.shard, error.key, error.reason, error.detail)
                     )
         raise UserError(
             f"{attempts} samples in a row are bad, the last one {last}; check the data with `vilg data lint "

@@ -16,7 +16,7 @@ from vilg.checkpoint.load import verify_files
 from vilg.checkpoint.save import Saver
 from vilg.checkpoint.state import parameter_table, read_state, versions
 from vilg.config import Recipe, load_recipe, take_overrides
-from vilg.data.loader import Loader, LoaderState, TokenDataset, bad_sample_path
+from vilg.data.loader import Loader, LoaderState, bad_sample_path, open_data
 from vilg.errors import UserError
 from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks, SharedError
@@ -28,7 +28,7 @@ from vilg.train.changes import DATA, check_accept, check_tokenizers, is_accepted
 from vilg.train.engine import build_engine, build_model, load_checkpoint
 from vilg.train.guards import StepGuards
 from vilg.train.log import RunLog
-from vilg.train.metrics import Meter, step_flops
+from vilg.train.metrics import Meter, step_flops, step_recomputed_flops
 from vilg.train.requests import Requests, refuse_stopped
 from vilg.train.run import Run
 from vilg.train.rundir import DONE_FILE, LOGS, RunLock, open_run_dir, write_recipe
@@ -123,7 +123,12 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         engine=engine,
         loader=loader,
         log=log,
-        meter=Meter(world_size=ranks.world_size, flops_per_step=step_flops(recipe, spec), device=device),
+        meter=Meter(
+            world_size=ranks.world_size,
+            flops_per_step=step_flops(recipe, spec),
+            recomputed_flops=step_recomputed_flops(recipe, spec),
+            device=device,
+        ),
         sampler=sampler,
         tokenizers=tokenizers,
         parameters=parameter_table(engine.model, grid, ranks),
@@ -154,7 +159,7 @@ def _loader(
     image_hash: str,
     accept: Sequence[str],
 ) -> Loader:
-    dataset = TokenDataset.open(recipe.data.train)
+    dataset = open_data(recipe.data)
     if position:
         position = replace(position, seed=recipe.seed)  # `open_run_dir` has compared the recipes
         if is_accepted(DATA, accept):
