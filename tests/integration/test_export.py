@@ -19,7 +19,7 @@ from vilg.checkpoint import stream
 from vilg.checkpoint.export import export
 from vilg.checkpoint.from_export import fill_from_export
 from vilg.checkpoint.probes import compute_probes, largest_difference, load_probes
-from vilg.checkpoint.reader import open_weights
+from vilg.checkpoint.reader import Weights, open_weights
 from vilg.checkpoint.stream import load_when_used
 from vilg.config import load_recipe
 from vilg.errors import UserError
@@ -183,6 +183,20 @@ def _other_image(folder: Path, exported: Path) -> dict:
     image.codebook.vectors.add_(1)
     image.save(folder / "other")
     return {"image_model": folder / "other"}
+
+
+def test_an_export_that_gives_other_logits_is_not_kept(trained, tmp_path, monkeypatch):
+    honest, spoiled = Weights.pieces, "layers.1.attention.qkv.weight"
+
+    def rolled(self, name, *, kind):
+        found = list(honest(self, name, kind=kind))
+        return [piece.roll(64) for piece in found] if name == spoiled else found
+
+    monkeypatch.setattr(Weights, "pieces", rolled)
+    with pytest.raises(UserError, match="gives other logits than the trainer stored"):
+        export(trained, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert export(trained, tmp_path / "out", verify=False).difference is None
 
 
 def test_other_tokenizers_than_those_of_the_run_are_refused(trained, exported, tmp_path):

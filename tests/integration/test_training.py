@@ -207,7 +207,7 @@ def test_log_line_has_units(golden_run):
     number = r"\d+(\.\d+)?"
     pattern = (
         rf"step 50/50  loss {number} \(image {number} text {number}\)  lr \S+  grad {number}  {number}k? tok/s/rank  "
-        rf"data \d+%  mem {number} GiB  eta 0s"
+        rf"(MFU (n/a|\d+%)  )(HFU \d+%  )?data \d+%  mem {number} GiB  eta 0s"
     )
     assert re.search(pattern, golden_run[1])
 
@@ -331,19 +331,6 @@ def test_export_is_the_checkpoint_and_is_verified(two_processes, run, tmp_path, 
         if run == "bf16":
             assert torch.equal(tensor.bfloat16(), weights.read(name, kind="weight"))
     assert vilg(command) == 2 and "exists already" in capsys.readouterr().err
-
-
-def test_an_export_that_gives_other_logits_is_not_kept(two_processes, tmp_path, capsys, monkeypatch):
-    from vilg.checkpoint.reader.base import Weights
-
-    honest = Weights.read
-    spoil = "layers.1.attention.qkv.weight"
-    monkeypatch.setattr(
-        Weights, "read", lambda w, n, *, kind: honest(w, n, kind=kind).roll(1, 0) if n == spoil else honest(w, n, kind=kind)
-    )
-    assert vilg(["export", str(two_processes["alternate"]), "--out", str(tmp_path / "out")]) == 2
-    assert "gives other logits" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_port_in_use_is_named(data):
