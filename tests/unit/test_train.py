@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,14 +106,17 @@ def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_console_line_carries_units_and_leaves_mfu_out_where_no_peak_is_known():
+def test_console_line_carries_units_and_says_where_no_peak_is_known():
     row = {"step": 120, "loss": 5.31, "image_loss": 6.02, "text_loss": None, "lr": 2e-3, "grad_norm": 0.5}
-    window = Window(0.5, 41_200.0, 0.014, int(61.3 * 2**30), None, 3 * 3600 + 12 * 60)
+    window = Window(0.5, 41_200.0, 0.014, int(61.3 * 2**30), None, None, 3 * 3600 + 12 * 60)
     line = console_line(row, 5000, window, "gpu")
     assert line == (
         "step 120/5000  loss 5.310 (image 6.020)  lr 2.00e-03  grad 0.50  "
-        "41.2k tok/s/gpu  data 1%  mem 61.3 GiB  eta 3h12m"
+        "41.2k tok/s/gpu  MFU n/a  data 1%  mem 61.3 GiB  eta 3h12m"
     )
+    known = console_line(row, 5000, replace(window, mfu=0.382, hfu=0.514), "gpu")
+    assert "tok/s/gpu  MFU 38%  HFU 51%  data" in known
+    assert "MFU 38%  data" in console_line(row, 5000, replace(window, mfu=0.382, hfu=0.382), "gpu")
     assert duration(59.6) == "1m00s" and duration(3) == "3s"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from vilg.config.schema import ModelConfig
+from vilg.config.schema import ModelConfig, ParallelConfig
 from vilg.model.attention import layer_patterns
 from vilg.tokens.sequence import SequenceSpec
 
@@ -104,6 +104,24 @@ def sequence_flops(config: ModelConfig, spec: SequenceSpec, *, image_is_target: 
     return (1 + BACKWARD_FACTOR) * sum(layer_costs(config, spec, image_is_target=image_is_target))
 
 
+def recomputed_costs(
+    config: ModelConfig, spec: SequenceSpec, parallel: ParallelConfig, *, image_is_target: bool = True
+) -> list[int]:
+    """Forward operations of one sequence that the backward does again, in every layer of `vilg.layer_list`: of the blocks
+    that `model/block.py: set_recompute` chooses the attention branch (selective) or all (full). HFU counts them, MFU
+    does not. torch stops a recomputation once it has all it needs, so the last matrix of it is not multiplied again
+    unless its result is needed, as it is under a norm (sandwich_norm)."""
+    hidden, wide = config.hidden_size, config.ffn_multiple * config.hidden_size
+    if parallel.recompute == "none":
+        return [0] * (config.num_layers + 2)
+    costs = layer_costs(config, spec, image_is_target=image_is_target)
+    feed_forward = 2 * 2 * hidden * wide * spec.num_slots
+    last = 2 * hidden * (hidden if parallel.recompute == "selective" else wide) * spec.num_slots
+    skipped = 0 if config.sandwich_norm else last
+    again = [cost - skipped - (feed_forward if parallel.recompute == "selective" else 0) for cost in costs[1:-1]]
+    return [0, *(cost if (i + 1) % parallel.recompute_every == 0 else 0 for i, cost in enumerate(again)), 0]
+
+
 def stage_bounds(costs: Sequence[int], stages: int) -> tuple[int, ...]:
     """Cut layers into `stages` contiguous stages, none empty, whose dearest is as cheap as possible.
 
@@ -141,10 +159,13 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(parameters: int, *, precision: str, zero_stage: int, data_size: int) -> StateBytes:
+def state_bytes(
+    parameters: int, *, precision: str, zero_stage: int, data_size: int, gradient_bytes: int | None = None
+) -> StateBytes:
     """Training state of one rank that holds `parameters` before ZeRO (1910.02054, figure 1; Adam: 2 + 2 + 12 bytes).
 
     ZeRO 1 shares the optimizer's state among the data ranks, 2 the gradients as well, 3 the weights as well.
+    gradient_bytes: of one number where gradients are summed up in another type than the step's.
     """
     small = 4 if precision == "fp32" else 2
     optimizer = 8 if precision == "fp32" else 12
@@ -152,7 +173,7 @@ def state_bytes(parameters: int, *, precision: str, zero_stage: int, data_size: 
     def held(bytes_each: int, from_stage: int) -> int:
         return bytes_each * (-(-parameters // data_size) if zero_stage >= from_stage else parameters)
 
-    return StateBytes(weights=held(small, 3), gradients=held(small, 2), optimizer=held(optimizer, 1))
+    return StateBytes(weights=held(small, 3), gradients=held(gradient_bytes or small, 2), optimizer=held(optimizer, 1))
 
 
 def rank_parameters(

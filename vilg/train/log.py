@@ -114,7 +114,8 @@ class RunLog:
 
 
 def console_line(row: dict, total_steps: int, window: Window, device_word: str) -> str:
-    """`step 120/5000  loss 5.31 (image 6.02 text 3.88)  ...`, with units; MFU only where the peak is known."""
+    """`step 120/5000  loss 5.31 (image 6.02 text 3.88)  ...`, with units. MFU is n/a where no peak is known; HFU stands
+    where something is computed again."""
     losses = " ".join(
         f"{name} {row[key]:.3f}"
         for name, key in (("image", "image_loss"), ("text", "text_loss"))
@@ -128,7 +129,8 @@ def console_line(row: dict, total_steps: int, window: Window, device_word: str) 
         f"lr {row['lr']:.2e}",
         f"grad {norm}",
         f"{_thousands(window.tokens_per_second)} tok/s/{device_word}",
-        *([f"MFU {window.mfu:.0%}"] if window.mfu is not None else []),
+        *([f"MFU {window.mfu:.0%}"] if window.mfu is not None else ["MFU n/a"]),
+        *([f"HFU {window.hfu:.0%}"] if window.hfu is not None and window.hfu != window.mfu else []),
         f"data {window.data_wait:.0%}",
         f"mem {window.memory / 2**30:.1f} GiB",
         f"eta {duration(window.eta_seconds)}",

@@ -1,16 +1,24 @@
-"""Speed, memory and remaining time of a run, measured between two console lines."""
+"""Speed, memory and remaining time of a run, measured between two console lines.
+
+    MFU = operations of the model in a step / (seconds * ranks * peak)      forward and backward of every sequence, counted by
+    HFU = (those + what is computed again) / (seconds * ranks * peak)       model/size.py: visible pairs, full text segments
+
+MFU is PaLM's (2204.02311, appendix B), so that a run that recomputes less does not look worse; HFU adds what
+`parallel.recompute` does again (2205.05198). The peak is the GPU's for bf16 without sparsity; a CPU has none in the table,
+so neither is given there. Seconds include the wait for data, not checkpoints and sample sheets.
+"""
 
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from vilg.config.schema import Recipe
-from vilg.model.size import sequence_flops
+from vilg.model.size import recomputed_costs, sequence_flops
 from vilg.tokens.sequence import SequenceSpec
 
 # Dense bf16 peak in FLOP/s by the name torch reports (NVIDIA data sheets, without sparsity).
@@ -20,21 +28,25 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A
 @dataclass(frozen=True)
 class Window:
     """Means over the steps since the last line. tokens_per_second: filled slots per rank. data_wait: share of the time
-    spent waiting for the loader. mfu: None where the device's peak is unknown. memory: peak bytes of this process."""
+    spent waiting for the loader. mfu, hfu: None where the device's peak is unknown. memory: peak bytes of this process."""
 
     seconds_per_step: float
     tokens_per_second: float
     data_wait: float
     memory: int
     mfu: float | None
+    hfu: float | None
     eta_seconds: float
 
 
 class Meter:
-    """Clock of a run. `flops_per_step` and `world_size` give the share of the peak that the model's work reaches."""
+    """Clock of a run. `flops_per_step`, `recomputed_flops` and `world_size` give the share of the peak that is reached."""
 
-    def __init__(self, *, world_size: int, flops_per_step: float, device: torch.device) -> None:
-        self.world_size, self.flops_per_step, self.device = world_size, flops_per_step, device
+    def __init__(
+        self, *, world_size: int, flops_per_step: float, device: torch.device, recomputed_flops: float = 0.0
+    ) -> None:
+        self.world_size, self.device = world_size, device
+        self.flops_per_step, self.recomputed_flops = flops_per_step, recomputed_flops
         self.peak = peak_flops(device)
         self._reset()
 
@@ -69,16 +81,32 @@ class Meter:
             tokens_per_second=self.tokens / seconds / self.world_size,
             data_wait=self.waited / seconds,
             memory=peak_memory(self.device),
-            mfu=self.flops_per_step / per_step / self.world_size / self.peak if self.peak else None,
+            mfu=self._utilization(self.flops_per_step, per_step),
+            hfu=self._utilization(self.flops_per_step + self.recomputed_flops, per_step),
             eta_seconds=per_step * steps_left,
         )
         self._reset()
         return window
 
+    def _utilization(self, flops: float, seconds: float) -> float | None:
+        return flops / seconds / self.world_size / self.peak if self.peak else None
+
 
 def step_flops(recipe: Recipe, spec: SequenceSpec) -> float:
     """Operations of one optimizer step, forward and backward, without recomputation: MFU's numerator."""
-    drawn, written = (sequence_flops(recipe.model, spec, image_is_target=is_target) for is_target in (True, False))
+    return _of_step(recipe, lambda is_target: sequence_flops(recipe.model, spec, image_is_target=is_target))
+
+
+def step_recomputed_flops(recipe: Recipe, spec: SequenceSpec) -> float:
+    """Operations of one optimizer step that `parallel.recompute` does twice: HFU's numerator has them on top."""
+    return _of_step(
+        recipe, lambda is_target: sum(recomputed_costs(recipe.model, spec, recipe.parallel, image_is_target=is_target))
+    )
+
+
+def _of_step(recipe: Recipe, of_sequence: Callable[[bool], float]) -> float:
+    """A figure of one sequence (image_is_target -> figure) over all sequences of a step."""
+    drawn, written = of_sequence(True), of_sequence(False)
     share = recipe.data.text_to_image_fraction
     per_pair = drawn + written if recipe.data.directions == "both" else share * drawn + (1 - share) * written
     return recipe.batch.global_size * per_pair
