@@ -77,6 +77,9 @@ class DataConfig(Section):
         0.1, description="Share of text -> image samples whose caption is emptied, for classifier-free guidance."
     )
     workers: int = Field(0, ge=0, description="Reader processes per rank; 0 reads in the training process.")
+    read_timeout: float = Field(
+        60.0, ge=0, description="Seconds without a sample before a stalled read is tried again, four times; 0: wait."
+    )
     max_bad_fraction: Fraction = Field(0.001, description="Share of unreadable samples above which the run stops.")
 
 

@@ -74,6 +74,11 @@ class Blend:
         part, inner = self._locate(number)
         return part.error(inner, reason, detail)
 
+    def shard_of(self, number: int) -> str:
+        """As `TokenDataset.shard_of`."""
+        part, inner = self._locate(number)
+        return part.shard_of(inner)
+
     def order(self, seed: int) -> "BlendOrder":
         """In which order a run of this seed visits the samples."""
         return BlendOrder(tuple(part.num_samples for part in self.parts), self.counts, seed)

@@ -131,6 +131,10 @@ class TokenDataset:
         number, row = self._locate(index)
         return SampleError(self.manifest.shards[number].name, self._reader(number).key(row), reason, detail)
 
+    def shard_of(self, index: int) -> str:
+        """Path of the shard that holds sample `index`, for messages."""
+        return str(self.folder / self.manifest.shards[self._locate(index)[0]].name)
+
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from vilg.config.schema import DataConfig
 from vilg.data.blend import Blend, open_data
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
+from vilg.data.patience import PatientBuilder
 from vilg.data.steps import StepBuilder, StepData, TextEncoder
 from vilg.errors import UserError
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
@@ -104,7 +105,7 @@ class Loader:
         self._manifest_hash, self._seed, self._num_samples = dataset.manifest_hash, seed, dataset.num_samples
         self._global_size, self._config, self._quarantine = global_size, data_config, quarantine
         self._consumed = self._start(state, dataset)
-        self._builder = StepBuilder(
+        builder = StepBuilder(
             dataset=dataset,
             text_tokenizer=text_tokenizer,
             spec=spec,
@@ -117,6 +118,7 @@ class Loader:
             data_rank=data_rank,
             data_size=data_size,
         )
+        self._builder = PatientBuilder(builder, data_config.read_timeout)
         self.samples_seen = 0
         self.bad_samples: Counter[str] = Counter()
 
@@ -190,7 +192,7 @@ class Loader:
 class _Steps(Dataset):
     """Maps the first global index of a step to that step; runs in the workers."""
 
-    def __init__(self, builder: StepBuilder):
+    def __init__(self, builder: PatientBuilder):
         self.builder = builder
 
     def __getitem__(self, first: int) -> StepData:

@@ -3,6 +3,7 @@
 Shapes: B pairs of a micro-batch (2B sequences with `directions: both`), T text slots, N image slots.
 """
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
@@ -62,7 +63,10 @@ class StepData:
 
 @dataclass
 class StepBuilder:
-    """Callable: first global index of a step -> StepData. Picklable; caches refill in the process that calls it."""
+    """Callable: first global index of a step -> StepData. Picklable; caches refill in the process that calls it.
+
+    last_sample: when a sample was last asked for (`time.monotonic`), for whoever waits in another thread.
+    """
 
     dataset: TokenDataset | Blend
     text_tokenizer: TextEncoder
@@ -79,6 +83,12 @@ class StepBuilder:
     def __post_init__(self) -> None:
         self._order = self.dataset.order(self.seed)
         self._encoded: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._reading = 0
+        self.last_sample = time.monotonic()
+
+    def reading_from(self) -> str:
+        """The shard whose sample was asked for last."""
+        return self.dataset.shard_of(self._reading)
 
     def __reduce__(self):
         return StepBuilder, tuple(getattr(self, field.name) for field in fields(self))
@@ -111,6 +121,7 @@ class StepBuilder:
         for attempt in range(attempts):
             if attempt:
                 number = self._order.following(index, attempt)
+            self._reading, self.last_sample = number, time.monotonic()
             try:
                 sample = self.dataset.sample(number)
                 return sample.codes, self._caption(number, sample, chance)
