@@ -8,7 +8,7 @@ import pytest
 from vilg.tools.plan.published import RUNS, error, fit, halves, predict, work_of
 from vilg.tools.plan.timing import CALIBRATED
 
-TYPICAL, WORST = 0.08, 0.30  # of the predicted time; docs/planning.md has the table
+TYPICAL, WORST = 0.06, 0.25  # of the predicted time; docs/planning.md has the table
 
 
 def test_held_out_runs_are_predicted():

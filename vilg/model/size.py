@@ -107,9 +107,9 @@ def sequence_flops(config: ModelConfig, spec: SequenceSpec, *, image_is_target: 
 def recomputed_costs(
     config: ModelConfig, spec: SequenceSpec, parallel: ParallelConfig, *, image_is_target: bool = True
 ) -> list[int]:
-    """Forward operations of one sequence that the backward does again, in every layer of `vilg.layer_list`: of the blocks
-    that `model/block.py: set_recompute` chooses the attention branch (selective) or all (full). HFU counts them, MFU
-    does not. torch stops a recomputation once it has all it needs, so the last matrix of it is not multiplied again
+    """Forward operations of one sequence that the backward does again, in every layer of `vilg.layer_list`: of the
+    blocks that `model/block.py: set_recompute` chooses, the attention branch (selective) or all (full). HFU counts them,
+    MFU does not. torch stops a recomputation once it has all it needs, so the last matrix of it is not multiplied again
     unless its result is needed, as it is under a norm (sandwich_norm)."""
     hidden, wide = config.hidden_size, config.ffn_multiple * config.hidden_size
     if parallel.recompute == "none":

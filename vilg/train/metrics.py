@@ -1,11 +1,12 @@
 """Speed, memory and remaining time of a run, measured between two console lines.
 
-    MFU = operations of the model in a step / (seconds * ranks * peak)      forward and backward of every sequence, counted by
-    HFU = (those + what is computed again) / (seconds * ranks * peak)       model/size.py: visible pairs, full text segments
+    MFU = operations of the model in a step / (seconds * ranks * peak)
+    HFU = (those + what is computed again) / (seconds * ranks * peak)
 
-MFU is PaLM's (2204.02311, appendix B), so that a run that recomputes less does not look worse; HFU adds what
-`parallel.recompute` does again (2205.05198). The peak is the GPU's for bf16 without sparsity; a CPU has none in the table,
-so neither is given there. Seconds include the wait for data, not checkpoints and sample sheets.
+Operations: forward and backward of every sequence, as model/size.py counts them: visible pairs, full text segments. MFU
+is PaLM's (2204.02311, appendix B), so that a run that recomputes less does not look worse; HFU adds what
+`parallel.recompute` does again (2205.05198). The peak is the GPU's for bf16 without sparsity; a CPU has none in the
+table, so neither is given there. Seconds include the wait for data, not checkpoints and sample sheets.
 """
 
 import resource
@@ -28,7 +29,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A
 @dataclass(frozen=True)
 class Window:
     """Means over the steps since the last line. tokens_per_second: filled slots per rank. data_wait: share of the time
-    spent waiting for the loader. mfu, hfu: None where the device's peak is unknown. memory: peak bytes of this process."""
+    spent waiting for the loader. mfu, hfu: None where the device's peak is unknown. memory: this process' peak, bytes."""
 
     seconds_per_step: float
     tokens_per_second: float
@@ -40,7 +41,7 @@ class Window:
 
 
 class Meter:
-    """Clock of a run. `flops_per_step`, `recomputed_flops` and `world_size` give the share of the peak that is reached."""
+    """Clock of a run. `flops_per_step`, `recomputed_flops`, `world_size` give the share of the peak that is reached."""
 
     def __init__(
         self, *, world_size: int, flops_per_step: float, device: torch.device, recomputed_flops: float = 0.0
