@@ -4,8 +4,8 @@
     python benchmarks/checkpoint_matrix.py --layouts t1p1d1z0 t2p1d1z0
 
 A tiny model (the debug recipe, fp32) is trained for 5 steps under every layout (tensor, pipeline, data size, ZeRO
-stage) and then continued for 10 steps under every layout, its own included. Each continued run saves again before its first
-step. Checked, and written to benchmarks/results/checkpoint_matrix.json:
+stage) and then continued for 10 steps under every layout, its own included. Each continued run saves again before its
+first step. Checked, and written to benchmarks/results/checkpoint_matrix.json:
 
 - losses of the 10 steps against the unbroken run of one process without DeepSpeed: 1e-6 relative; in every digit where
   the layout is the same and is compared with its own unbroken run;

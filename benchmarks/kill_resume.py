@@ -150,7 +150,7 @@ def main() -> int:
     good = all(part["losses_equal"] and not part["tensors_that_differ"] for part in found.values())
     content = {
         "format_version": 1,
-        "claim": "kill -9 of the whole job at random moments, continued each time: the unbroken run's losses, every digit",
+        "claim": "kill -9 of the whole job at random moments, then continued: the unbroken run's losses in every digit",
         "command": "python benchmarks/kill_resume.py",
         "commit": source_commit(),
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpu": None},

@@ -1,4 +1,4 @@
-"""A run continues under another layout as if nothing had happened; the whole matrix is benchmarks/checkpoint_matrix.py."""
+"""A run continues under another layout as if nothing had happened; all moves: benchmarks/checkpoint_matrix.py."""
 
 import errno
 import json

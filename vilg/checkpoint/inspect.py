@@ -100,7 +100,8 @@ def _lines(report: dict, parameters: bool) -> list[str]:
     if not report["whole"]:
         return [*lines, f"not whole: {report['problem']}"]
     lines += [
-        f"checkpoint {report['checkpoint']}: whole ({'every byte checked' if report['verified'] else 'names and sizes'})",
+        f"checkpoint {report['checkpoint']}: whole "
+        f"({'every byte checked' if report['verified'] else 'names and sizes'})",
         f"  step {report['step']} of {report['of_steps']}, {report['samples']:,} pairs, {report['tokens']:,} tokens, "
         f"{report['skipped']['total']} steps skipped",
         "  layout: " + ", ".join(f"{key}={value}" for key, value in report["layout"].items()),

@@ -77,7 +77,8 @@ def compare(before: Recipe, now: Recipe, source: Path, accept: Sequence[str] = (
         if key in SHAPE:
             impossible.append(f"{key}: {_shown(was)} there, {_shown(is_now)} here: its weights are of another model")
         elif why or is_accepted(key, accept):
-            notes.append(f"{key} changed from {_shown(was)} to {_shown(is_now)} ({why or 'accepted on the command line'})")
+            meaning = why or "accepted on the command line"
+            notes.append(f"{key} changed from {_shown(was)} to {_shown(is_now)} ({meaning})")
         else:
             harmful.append((key, f"{key}: {_shown(was)} there, {_shown(is_now)} here"))
     if impossible or harmful:
@@ -90,7 +91,9 @@ def compare(before: Recipe, now: Recipe, source: Path, accept: Sequence[str] = (
     return notes
 
 
-def check_tokenizers(before: Mapping[str, str], now: Mapping[str, str], source: Path, accept: Sequence[str]) -> list[str]:
+def check_tokenizers(
+    before: Mapping[str, str], now: Mapping[str, str], source: Path, accept: Sequence[str]
+) -> list[str]:
     """Notes for accepted tokenizers of another hash, text and image. Raises UserError naming one that is not."""
     notes = []
     for kind, key in TOKENIZERS.items():

@@ -70,7 +70,7 @@ def fill_cut(zero, names: Mapping[nn.Parameter, str], part: Part, *, data_rank: 
         offset = 0
         for parameter in parameters:
             count = parameter.partition_numel()
-            for target, kind in [(flat, "master"), *((tensor, kind) for kind, tensor in entry.items() if kind in MOMENTS)]:
+            for kind, target in {"master": flat, **{moment: entry[moment] for moment in MOMENTS if entry}}.items():
                 piece = part(names[parameter], kind).reshape(-1)[data_rank * count : (data_rank + 1) * count]
                 target.narrow(0, offset, piece.numel()).copy_(piece)
                 target.narrow(0, offset + piece.numel(), count - piece.numel()).zero_()

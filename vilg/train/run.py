@@ -133,8 +133,8 @@ class Run:
                 self._report_save(self.saver.wait())
 
     def check_save(self) -> None:
-        """Let a save in the background get on with its next part; all ranks call it after every step. Raises SharedError
-        if it failed."""
+        """Let a save in the background get on with its next part; all ranks call it after every step. Raises
+        SharedError if it failed."""
         self._report_save(self.saver.poll())
 
     def _begin_save(self, *, copy: bool) -> None:

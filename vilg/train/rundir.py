@@ -56,8 +56,8 @@ class RunLock:
 def open_run_dir(recipe: Recipe, lock: RunLock, accept: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
     """Make or recognise the run folder; the checkpoint to continue from (None: start anew) and notes for people.
 
-    Called on one rank, which holds `lock` from then on. accept: keys that may differ from the checkpoint's recipe. Raises
-    UserError if the folder is in use, or belongs to something else or to another recipe, naming the keys.
+    Called on one rank, which holds `lock` from then on. accept: keys that may differ from the checkpoint's recipe.
+    Raises UserError if the folder is in use, or belongs to something else or to another recipe, naming the keys.
     """
     folder = recipe.run_dir
     _check_place(folder)
@@ -95,8 +95,8 @@ def _recipe_of(checkpoint: Path) -> Recipe:
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
         raise UserError(
-            f"{checkpoint}: its recipe has keys that this vilg does not know, or lacks some ({keys}); continue it with the "
-            "vilg that wrote it (vilg inspect shows the commit)"
+            f"{checkpoint}: its recipe has keys that this vilg does not know, or lacks some ({keys}); continue it with "
+            "the vilg that wrote it (vilg inspect shows the commit)"
         ) from None
 
 
