@@ -67,3 +67,10 @@ def test_mistakes_in_the_command_are_named(at_root, arguments, message):
 def test_without_slurm_the_message_says_so(at_root, tmp_path, capsys):
     assert vilg(["submit", str(DEBUG_RECIPE), "--nodes", "2", *ON_CPU, f"--run_dir={tmp_path / 'run'}"]) == 2
     assert "sbatch is not found: this machine is no login node" in capsys.readouterr().err
+
+
+def test_a_recipe_that_does_not_fit_the_gpus_is_refused_with_what_would(at_root, capsys):
+    arguments = ["launch/recipes/10b-tensor4.yaml", "--nodes", "1", "--gpu", "a100-40g", "--dry-run"]
+    assert vilg(["submit", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "more than the 39.4 GiB of a a100-40g, on 8 GPUs" in error and "would fit" in error

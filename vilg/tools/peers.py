@@ -30,7 +30,7 @@ def find_slow(measure: str, values: Sequence[float | None], nodes: Sequence[str]
     """The worst rank of every node that has one more than 10% and more than 3 sigma below its peers.
 
     values: by rank, larger is better; None where a rank has no such figure. Peers are the ranks of other nodes; in a
-    job of one node, the other ranks. Sigma comes from the median absolute deviation, which other slow ranks do not widen.
+    job of one node, the other ranks. Sigma comes from the median absolute deviation: other slow ranks do not widen it.
     """
     worst: dict[str, Slow] = {}
     for rank, (value, node) in enumerate(zip(values, nodes, strict=True)):
