@@ -7,6 +7,7 @@ is (1 - beta1) times the clipped gradient, so that clipping is compared too.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -154,11 +155,12 @@ class Trainer:
         model.reset_parameters(recipe.seed)
         return cls(recipe, grid, build_engine(recipe, grid, model, device))
 
-    def step(self, step: int) -> StepResult:
+    def step(self, step: int, *, loss_limit: float = math.inf) -> StepResult:
         """One optimizer step, numbered from 1, over this rank's share of its global batch."""
         batches = [micro_batch(step, place) for place in range(MICRO_BATCHES)]
         text_targets, image_targets, _ = count(batches)
-        plan = plan_step(self.recipe, step, text_targets=text_targets, image_targets=image_targets)
+        targets = dict(text_targets=text_targets, image_targets=image_targets)
+        plan = plan_step(self.recipe, step, **targets, loss_limit=loss_limit)
         return self.engine.train_step(batches[self.grid.data_rank :: self.grid.data_size], plan)
 
 

@@ -44,31 +44,30 @@ def test_layout_has_the_losses_gradients_and_logits_of_one_process(outcomes, ref
 
 
 def skipped_steps(rank: int, world_size: int, cases: list[tuple[Case, int]], folder: Path):
-    """For each case and its faulty rank: which of three steps were left out, whether the second one, in which that
-    rank's gradients are NaN, left the weights alone, and the losses."""
+    """For each case and its faulty rank, whose gradients are NaN in step 2: which of four steps were left out, which left
+    the weights alone, and the losses. In step 3 every loss counts as a spike."""
     found = []
     with distributed(torch.device("cpu")):
         for case, faulty in cases:
             trainer = Trainer.build(case, folder)
             faults = FaultPlan([Fault("nan", 2, faulty)], trainer.engine.model, rank=rank)
-            skipped, losses, kept = [], [], None
-            for step in (1, 2, 3):
+            skipped, kept, losses = [], [], []
+            for step in (1, 2, 3, 4):
                 list(faults.before_step(step))
                 before = [p.detach().clone() for p in trainer.engine.model.parameters()]
-                result = trainer.step(step)
+                result = trainer.step(step, loss_limit=0.1 if step == 3 else math.inf)
                 skipped.append(result.skipped)
+                kept.append(all(map(torch.equal, before, trainer.engine.model.parameters())))
                 losses.append(float(result.loss))
-                if step == 2:
-                    kept = all(map(torch.equal, before, trainer.engine.model.parameters()))
             found.append((skipped, kept, losses))
     return found
 
 
-def test_all_stages_leave_out_a_step_in_which_one_rank_has_nan_gradients():
+def test_all_stages_leave_out_a_step_with_nan_gradients_on_one_rank_and_a_loss_spike():
     cases = [(Case(Layout(pipeline=2)), 1), (Case(Layout(pipeline=2, zero=1)), 0)]
     with tempfile.TemporaryDirectory() as folder:
         ranks = run_distributed(2, skipped_steps, (cases, Path(folder)), init=False)
     for found in ranks:
         for number, (skipped, kept, losses) in enumerate(found):
-            assert skipped == [False, True, False] and kept
+            assert skipped == kept == [False, True, True, False]
             assert losses == ranks[0][number][2] and all(map(math.isfinite, losses))
