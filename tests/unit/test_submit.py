@@ -39,9 +39,10 @@ def test_a_dry_run_prints_a_script_that_bash_can_read_and_writes_nothing(at_root
     assert vilg(["submit", *arguments, *ON_CPU, f"--run_dir={tmp_path / 'a run'}"]) == 0
     script = capsys.readouterr().out
     assert not (tmp_path / "a run").exists()
-    for line in ("nodes=1-2", "ntasks-per-node=2", "time=1:00:00", "dependency=singleton", "signal=B:USR1@180"):
+    for line in ("nodes=1-2", "mincpus=2", "time=1:00:00", "dependency=singleton", "signal=B:USR1@180"):
         assert f"#SBATCH --{line}\n" in script
     assert f"#SBATCH --output='{tmp_path}/a run/logs/slurm-%j.out'\n" in script and "#SBATCH --gpus" not in script
+    assert "export VILG_TASKS_PER_NODE=2\n" in script and "#SBATCH --ntasks" not in script
     assert "export VILG_CHAINED=yes\n" in script and "export VILG_EXCLUDE_BAD=yes\n" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 

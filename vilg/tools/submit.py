@@ -105,11 +105,16 @@ def job_name(recipe: Recipe) -> str:
 
 def _script(recipe: Recipe, nodes: Nodes, options: argparse.Namespace, passed: list[str]) -> str:
     log = (recipe.run_dir / LOGS).resolve() / "slurm-%j.out"
+    # A number of tasks that SLURM has worked out for the most nodes would stay with the job, which could then never start
+    # again on fewer: with a range the script alone knows it, and CPUs are asked for instead.
+    is_range = nodes.least < nodes.most
+    cpus = nodes.tasks * (options.cpus_per_task or 1)
+    tasks = {"mincpus": str(cpus)} if is_range else {"ntasks-per-node": str(nodes.tasks)}
     directives: dict[str, str | None] = {
         "job-name": job_name(recipe),
         "dependency": "singleton",
         "nodes": str(nodes),
-        "ntasks-per-node": str(nodes.tasks),
+        **tasks,
         **({"gpus-per-node": str(options.gpus_per_node)} if options.gpus_per_node else {}),
         **({"cpus-per-task": str(options.cpus_per_task)} if options.cpus_per_task else {}),
         **({"time": options.time} if options.time else {}),
@@ -120,6 +125,7 @@ def _script(recipe: Recipe, nodes: Nodes, options: argparse.Namespace, passed: l
         "signal": f"B:USR1@{options.warn_seconds}",
     }
     variables = {"VILG_CHAINED": "yes"} if options.chain > 1 else {}
+    variables |= {"VILG_TASKS_PER_NODE": str(nodes.tasks)} if is_range else {}
     variables |= {"VILG_EXCLUDE_BAD": "yes"} if options.exclude_bad else {}
     variables |= {"VILG_PREFLIGHT": "no"} if options.no_preflight else {}
     return render(script_template(TEMPLATE), directives, variables, passed)
