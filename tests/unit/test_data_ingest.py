@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.data_support import make_raw, picture
+from vilg.config import IngestRecipe
 from vilg.data.ingest import ingest, main
 from vilg.data.shards import RAW_FIELDS, ShardReader, index_shard
 from vilg.errors import UserError
@@ -32,11 +33,12 @@ def image_folder(folder: Path) -> Path:
 
 def test_folder_and_tars_become_one_set_of_shards(tmp_path):
     raw = make_raw(tmp_path / "raw", [3], lambda n, f: f | {"png": b"broken"} if n == 1 else f)
-    report = ingest([image_folder(tmp_path / "images"), raw], tmp_path / "out", samples_per_shard=3)
+    recipe = IngestRecipe(samples_per_shard=3)
+    report = ingest([image_folder(tmp_path / "images"), raw], tmp_path / "out", recipe=recipe)
     assert (report["seen"], report["kept"]) == (6, 4)
     assert report["dropped"] == {"no caption": 1, "bad image": 1}
     assert report["examples"]["bad image"][0]["key"] == "000000001"
-    assert json.loads((tmp_path / "out" / "ingest.json").read_text(encoding="utf-8")) == report
+    assert json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8")) == report
     found = samples(tmp_path / "out")
     assert list(found) == ["000000000", "000000001", "000000002", "000010000"]
     cat, horse, first, _ = found.values()
@@ -50,15 +52,15 @@ def test_folder_and_tars_become_one_set_of_shards(tmp_path):
 
 def test_the_same_sources_give_the_same_bytes_also_after_an_interruption(tmp_path, monkeypatch):
     raw = make_raw(tmp_path / "raw", [5])
-    ingest([raw], tmp_path / "one", samples_per_shard=2)
+    ingest([raw], tmp_path / "one", recipe=IngestRecipe(samples_per_shard=2))
 
     def interrupted(*_args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("vilg.data.ingest.write_json", interrupted)
-        ingest([raw], tmp_path / "two", samples_per_shard=3)
-    ingest([raw], tmp_path / "two", samples_per_shard=2)
+        patch.setattr("vilg.data.ingest_report.write_json", interrupted)
+        ingest([raw], tmp_path / "two", recipe=IngestRecipe(samples_per_shard=3))
+    ingest([raw], tmp_path / "two", recipe=IngestRecipe(samples_per_shard=2))
     files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
 

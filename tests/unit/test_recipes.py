@@ -8,7 +8,7 @@ from vilg.config import dump_recipe, load_recipe, merged_deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[2]
 # Beside a demo's train.yaml lie the settings of other commands, which their own tests read.
-OTHER_SETTINGS = ("scenes.yaml", "image_tokenizer.yaml")
+OTHER_SETTINGS = ("scenes.yaml", "image_tokenizer.yaml", "ingest.yaml")
 RECIPES = sorted(path for path in (ROOT / "launch").rglob("*.yaml") if path.name not in OTHER_SETTINGS)
 
 

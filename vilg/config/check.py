@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from vilg.config.ingest import IngestRecipe
 from vilg.config.schema import Recipe
 
 UINT16_CODES = 65536  # token shards hold codes as uint16
@@ -54,6 +55,19 @@ def find_problems(recipe: Any, known: Surroundings) -> list[Problem]:
         except NotGiven:
             continue
     return problems
+
+
+def find_ingest_problems(recipe: IngestRecipe) -> list[Problem]:
+    """The rules that join fields of `vilg data ingest`'s recipe."""
+    words, similarity = recipe.words, recipe.similarity
+    found = []
+    if words is not None and words.at_least >= words.below:
+        message = f"words.at_least={words.at_least} leaves no caption with words.below={words.below}; use a smaller one"
+        found.append(Problem("words.at_least", message))
+    if similarity is not None and similarity.enabled and similarity.model is None:
+        message = "similarity.model is missing: name the folder of a CLIP or Chinese-CLIP model"
+        found.append(Problem("similarity", message))
+    return found
 
 
 def _heads(r: Any, known: Surroundings) -> Iterator[Problem]:

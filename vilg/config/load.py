@@ -1,36 +1,19 @@
 """Recipes from YAML and `--section.key=value`, with every problem at its file:line:column in one error."""
 
-import json
 import re
-import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
-
-from vilg.config.check import NotGiven, Surroundings, find_problems
+from vilg.config.check import NotGiven, Surroundings, find_ingest_problems, find_problems
 from vilg.config.deepspeed import read_deepspeed_file, secondary_partition, zero_stage
+from vilg.config.ingest import IngestRecipe
 from vilg.config.marked import KeyPath, Marked, Place, did_you_mean, dotted, read_file, read_value, write_yaml
-from vilg.config.schema import Recipe
+from vilg.config.schema import Recipe, Section
+from vilg.config.validate import partial, shown, validate
 from vilg.errors import UserError
 
 _OVERRIDE = re.compile(r"(?:--)?([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
-
-# pydantic's error types in our words; the others keep pydantic's own sentence.
-_MESSAGES = {
-    "int_type": "should be an integer",
-    "float_type": "should be a number",
-    "string_type": "should be text",
-    "bool_type": "should be true or false",
-    "path_type": "should be a path",
-    "tuple_type": "should be a list [..]",
-    "model_type": "should be a section of keys",
-    "model_attributes_type": "should be a section of keys",
-    "finite_number": "should be a finite number",
-}
 
 
 def load_recipe(
@@ -47,10 +30,24 @@ def load_recipe(
     problems = marked.problems
     for override in overrides:
         _apply_override(marked, override)
-    recipe, schema_problems = _validate(marked)
+    recipe, schema_problems = validate(marked, Recipe)
     problems.extend(schema_problems)
     if cross_checks:
-        problems.extend(_cross_problems(recipe or _partial(Recipe, marked.value), marked, world_size))
+        problems.extend(_cross_problems(recipe or partial(Recipe, marked.value), marked, world_size))
+    if problems:
+        raise UserError(_report(path, problems))
+    return recipe
+
+
+def load_ingest_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> IngestRecipe:
+    """Read the recipe of `vilg data ingest`, None being an empty one; otherwise as `load_recipe`."""
+    marked = _read_with_base(Path(path), ()) if path is not None else Marked("ingest", {})
+    for override in overrides:
+        _apply_override(marked, override)
+    recipe, problems = validate(marked, IngestRecipe)
+    problems = marked.problems + problems
+    if recipe is not None:
+        problems += [(marked.place(tuple(p.key.split("."))), p.message) for p in find_ingest_problems(recipe)]
     if problems:
         raise UserError(_report(path, problems))
     return recipe
@@ -61,12 +58,12 @@ def dump_recipe(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump(mode="json"))
 
 
-def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def take_overrides(argv: Sequence[str], *, recipe: type[Section] = Recipe) -> tuple[list[str], list[str]]:
     """Split a command line into (overrides, the rest): `--section.key=value` of a recipe goes to the first."""
     overrides, rest = [], []
     for argument in argv:
         match = _OVERRIDE.fullmatch(argument) if argument.startswith("--") else None
-        is_key = match and ("." in match[1] or match[1] in Recipe.model_fields)
+        is_key = match and ("." in match[1] or match[1] in recipe.model_fields)
         (overrides if is_key else rest).append(argument)
     return overrides, rest
 
@@ -84,7 +81,7 @@ def _read_with_base(path: Path, heirs: tuple[Path, ...]) -> Marked:
         return marked
     name, place = marked.value.pop("base"), marked.place(("base",))
     if not isinstance(name, str):
-        raise UserError(f"{place}: base: should be the name of a recipe's file; found {_shown(name)}")
+        raise UserError(f"{place}: base: should be the name of a recipe's file; found {shown(name)}")
     try:
         base = _read_with_base(path.parent / name, (*heirs, path.resolve()))
     except UserError as error:
@@ -143,74 +140,6 @@ def _apply_override(marked: Marked, override: str) -> None:
     marked.places[path] = place
 
 
-def _validate(marked: Marked) -> tuple[Recipe | None, list[tuple[Place, str]]]:
-    """Check against the schema. Through JSON: pydantic's strict mode then takes lists as tuples and text as paths."""
-    try:
-        return Recipe.model_validate_json(json.dumps(marked.value), strict=True), []
-    except ValidationError as error:
-        return None, [_schema_problem(marked, details) for details in error.errors()]
-
-
-def _schema_problem(marked: Marked, details: ErrorDetails) -> tuple[Place, str]:
-    path: KeyPath = details["loc"]
-    kind = details["type"]
-    key = dotted(path)
-    place = marked.place(path)
-    if kind == "extra_forbidden":
-        return place, f"{key}: unknown key{_suggestion(path)}"
-    if kind == "missing":
-        return place, f"{key}: missing{_description(path)}"
-    if kind == "too_long":
-        message = f"should have {details['ctx']['max_length']} items"
-    else:
-        message = _MESSAGES.get(kind) or details["msg"].replace("Input should", "should")
-    return place, f"{key}: {message}; found {_shown(details['input'])}"
-
-
-def _suggestion(path: KeyPath) -> str:
-    """The nearest key of the same section, else a section that has such a key, else what the section offers."""
-    around, wrong = path[:-1], str(path[-1])
-    here = _section(around)
-    valid = list(here.model_fields) if here else []
-    near = did_you_mean(wrong, valid)
-    if near:
-        return near
-    elsewhere = [dotted(p) for p in _all_keys(Recipe, ()) if p[-1] == wrong]
-    if elsewhere:
-        return f"; did you mean '{elsewhere[0]}'?"
-    return f"; valid here: {', '.join(valid)}" if valid else ""
-
-
-def _description(path: KeyPath) -> str:
-    section = _section(path[:-1])
-    field = section.model_fields.get(str(path[-1])) if section else None
-    return f" ({field.description})" if field and field.description else ""
-
-
-def _section(path: KeyPath) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Recipe
-    for part in path:
-        field = section.model_fields.get(str(part)) if section else None
-        section = _model_of(field.annotation) if field else None
-    return section
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class of a field: `X` or `X | None`."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        models = [m for a in typing.get_args(annotation) if (m := _model_of(a))]
-        return models[0] if models else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _all_keys(section: type[BaseModel], around: KeyPath) -> Iterator[KeyPath]:
-    for name, field in section.model_fields.items():
-        yield (*around, name)
-        inner = _model_of(field.annotation)
-        if inner:
-            yield from _all_keys(inner, (*around, name))
-
-
 def _cross_problems(recipe: Any, marked: Marked, world_size: int | None) -> list[tuple[Place, str]]:
     """Problems of the DeepSpeed file and of the cross rules; a file that cannot be read is a problem of its key."""
     found: list[tuple[Place, str]] = []
@@ -229,42 +158,6 @@ def _cross_problems(recipe: Any, marked: Marked, world_size: int | None) -> list
     for problem in find_problems(recipe, Surroundings(world_size, stage, node_ranks)):
         found.append((marked.place(tuple(problem.key.split("."))), problem.message))
     return found
-
-
-class _Partial:
-    """Stand-in for a section with problems: its sound fields, and `NotGiven` for the others."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in self._values:
-            raise NotGiven(name)
-        return self._values[name]
-
-
-def _partial(model: type[BaseModel], written: Any) -> _Partial:
-    """What is sound of a section, so that cross rules can be checked in the same run as the schema."""
-    written = written if isinstance(written, dict) else {}
-    values: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        inner = _model_of(field.annotation)
-        if inner:
-            values[name] = _partial(inner, written.get(name, {}))
-        elif name in written:
-            adapter = TypeAdapter(Annotated[field.annotation, field])
-            try:
-                values[name] = adapter.validate_json(json.dumps(written[name]), strict=True)
-            except ValidationError:
-                continue  # reported by `_validate`
-        elif not field.is_required():
-            values[name] = field.get_default()
-    return _Partial(values)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _report(path: str | Path, problems: list[tuple[Place, str]]) -> str:

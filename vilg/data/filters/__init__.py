@@ -1,0 +1,1 @@
+"""What decides whether a pair is kept: captions, images, duplicates, similarity."""
