@@ -101,7 +101,8 @@ def test_files_that_are_no_json_object_are_refused(tmp_path, text, expected):
 def test_shipped_files_are_sound_and_stage_matches_the_name(path):
     marked = read_deepspeed_file(path)
     assert marked.problems == []
-    assert path.name == f"zero{marked.value['zero_optimization']['stage']}.json"
+    stage, *_ = path.stem.split("-")  # then what is special: zero1-offload, zero3-node
+    assert stage == f"zero{marked.value['zero_optimization']['stage']}"
 
 
 def test_merged_config_holds_the_recipe_once(tmp_path):

@@ -19,10 +19,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def never() -> Iterator[threading.Event]:
-    """Set at the end of the test, so that threads that were given up end."""
+    """Set at the end of the test, so that threads that were given up end, and read nothing during the next test."""
     event = threading.Event()
     yield event
     event.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("step at "):
+            thread.join(60)
 
 
 def loader(folder: Path, timeout: float) -> Loader:
