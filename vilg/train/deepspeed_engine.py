@@ -53,6 +53,8 @@ class DeepSpeedEngine:
             pipeline=grid.pipeline_size,
         )
         deepspeed = import_deepspeed(device)
+        if recipe.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise UserError(f"precision=fp16: DeepSpeed does not train in fp16 on {device.type}; use bf16 or fp32")
         model = model.to(device).train()
         groups = optim.parameter_groups(list(model.named_parameters()), recipe.optimizer.weight_decay)
         stepped_on = torch.device("cpu") if offloads_optimizer(config) else device
