@@ -1,5 +1,6 @@
 """What every form of checkpoint files offers: whole parameters and tensor ranks' parts, joined by parallel/layout.py."""
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from vilg.parallel.precision import DTYPES
 Kind = Literal["master", "weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+_JOINED = 1 << 19  # numbers joined at once: they stay in a core's cache
 
 
 class Weights(ABC):
@@ -48,11 +50,17 @@ class Weights(ABC):
 
     def pieces(self, name: str, *, kind: Kind) -> Iterator[Tensor]:
         """The numbers of the whole parameter in order, flat, some at a time, joined only where the files cut across."""
-        if self.tensor_size > 1 and layout.rule_of(name).dim not in (None, 0):
-            yield self.read(name, kind=kind).reshape(-1)
-            return
-        for rank in range(self.tensor_size if layout.rule_of(name).dim == 0 else 1):
-            yield from self._fragments(name, kind, rank)
+        dim = layout.rule_of(name).dim
+        if self.tensor_size == 1 or dim is None:
+            yield from self._fragments(name, kind, 0)
+        elif dim == 0:
+            for rank in range(self.tensor_size):
+                yield from self._fragments(name, kind, rank)
+        else:
+            parts = [self._checked(name, kind, rank) for rank in range(self.tensor_size)]
+            rows = max(1, _JOINED // math.prod(self.shape(name)[1:]))
+            for block in zip(*(part.split(rows) for part in parts), strict=True):
+                yield torch.cat(block, dim).reshape(-1)
 
     def _fragments(self, name: str, kind: Kind, rank: int) -> Iterator[Tensor]:
         """What a tensor rank wrote, flat, as it lies in the files."""
