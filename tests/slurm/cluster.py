@@ -8,17 +8,18 @@ and no container, so nothing here shows those.
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 from tests.distributed.helpers import free_port
+from tests.slurm.processes import environments, kill_all, start_watcher
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "sinfo")
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+STANDSTILL = 120.0  # seconds without anything new after which a wait is given up
 _SBIN = "/usr/sbin:/sbin"  # not on every user's path
 _NODE = "VILG_TEST_NODE"  # in the environment of a virtual node's daemons, which the step daemons inherit
 
@@ -78,12 +79,26 @@ def _path() -> str:
     return f"{os.environ.get('PATH', '')}:{_SBIN}"
 
 
-def wait_for(condition: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> object:
-    """Poll until the condition holds; its value. AssertionError with `what` after so many seconds."""
-    end = time.monotonic() + seconds
+def wait_for(
+    condition: Callable[[], object],
+    what: str | Callable[[], str],
+    *,
+    seconds: float = STANDSTILL,
+    progress: Callable[[], Hashable] = lambda: None,
+    every: float = 0.3,
+) -> object:
+    """Poll `every` so many seconds until the condition holds; its value.
+
+    AssertionError with `what` when `progress` has given the same value for `seconds`: how long a thing takes says how
+    busy the machine is, a standstill that it will never come.
+    """
+    last, since = progress(), time.monotonic()
     while not (found := condition()):
-        assert time.monotonic() < end, f"after {seconds:.0f} s: {what if isinstance(what, str) else what()}"
-        time.sleep(0.2)
+        if (now := progress()) != last:
+            last, since = now, time.monotonic()
+        stood = time.monotonic() - since
+        assert stood < seconds, f"nothing new for {stood:.0f} s: {what if isinstance(what, str) else what()}"
+        time.sleep(every)
     return found
 
 
@@ -94,6 +109,8 @@ class Cluster:
         self.folder, self.nodes = folder, [f"node{i + 1}" for i in range(nodes)]
         self.daemons: dict[str, subprocess.Popen] = {}
         self.conf = folder / "slurm.conf"
+        self.mark = f"SLURM_CONF={self.conf}"  # in the environment of every process of the cluster and of its jobs
+        self.watcher: subprocess.Popen | None = None
         # A job's port for its ranks follows from its number, and other clusters may run on this machine.
         self.first_job = 1000 + secrets.randbelow(50_000)
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "VILG"))}
@@ -103,6 +120,7 @@ class Cluster:
         for name in ("run", "state", "log", "dev", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._configure()
+        self.watcher = start_watcher(self.mark)
         try:
             self._start_munge()
             self._start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
@@ -117,7 +135,8 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         if "slurmctld" in self.daemons and self.daemons["slurmctld"].poll() is None:
             self.call("scancel", "--user=root", check=False)
-        self._kill(lambda environment: f"SLURM_CONF={self.conf}" in environment)
+        self.watcher.stdin.close()
+        self.watcher.wait()
         for daemon in self.daemons.values():
             daemon.kill()
             daemon.wait()
@@ -147,7 +166,7 @@ class Cluster:
         files = [f"--key-file={key}", f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid"]
         files += [f"--log-file={self.folder}/log/munged.log", f"--seed-file={run}/munged.seed"]
         self._start("munged", "munged", "--foreground", "--force", "--num-threads=2", *files)
-        wait_for((run / "munge.sock").exists, 10, "munged opens no socket")
+        wait_for((run / "munge.sock").exists, "munged opens no socket")
 
     def start_node(self, node: str) -> None:
         """Start a node, also one that was killed."""
@@ -166,21 +185,25 @@ class Cluster:
         def idle() -> bool:
             return self.call("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * len(self.nodes)
 
-        wait_for(idle, 60, lambda: f"nodes not idle:\n{self.call('sinfo', '-Nl')}")
+        wait_for(idle, lambda: f"nodes not idle:\n{self.call('sinfo', '-Nl')}\n{self.call('squeue')}")
+
+    def clear(self) -> None:
+        """End all jobs, as after a test that may have left some."""
+        if self.call("squeue", "--noheader", check=False).strip():
+            self.call("scancel", "--user=root", check=False)
+            self.wait_idle()
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: the node's daemon, its step daemons and all processes of its jobs end at once."""
-        self._kill(
-            lambda environment: f"SLURM_CONF={self.conf}" in environment
-            and (f"{_NODE}={node}" in environment or f"SLURMD_NODENAME={node}" in environment)
-        )
+        own = {f"{_NODE}={node}", f"SLURMD_NODENAME={node}"}
+        kill_all(lambda environment: self.mark in environment and bool(own & environment))
         self.daemons[node].wait()
 
     def processes(self, *, containing: str = "vilg") -> list[int]:
         """Processes of jobs of this cluster (not its daemons) whose command line holds the word."""
         found = []
-        for pid, environment in _environments():
-            if f"SLURM_CONF={self.conf}" in environment and any(e.startswith("SLURM_JOB_ID=") for e in environment):
+        for pid, environment in environments():
+            if self.mark in environment and any(e.startswith("SLURM_JOB_ID=") for e in environment):
                 try:
                     command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
                 except OSError:
@@ -189,50 +212,53 @@ class Cluster:
                     found.append(pid)
         return found
 
-    def _kill(self, belongs: Callable[[set[str]], bool]) -> None:
-        for pid, environment in _environments():
-            if pid != os.getpid() and belongs(environment):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # it ended by itself
-
     def call(
         self, *command: str, check: bool = True, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> str:
         """Run a client command; what it printed on stdout. AssertionError if it fails."""
         environment = {**self.environment, **(env or {})}
-        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=STANDSTILL)
         assert done.returncode == 0 or not check, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What SLURM knows of a job: JobState, Restarts, NodeList, ..."""
-        words = self.call("scontrol", "--oneliner", "show", "job", number).split()
+        """What SLURM knows of a job: JobState, Restarts, NodeList, ...; empty if it did not answer in time."""
+        words = self.call("scontrol", "--oneliner", "show", "job", number, check=False).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, *states: str, seconds: float = 120, log: Sequence[Path] = ()) -> dict[str, str]:
+    def watch(
+        self, number: str, found: Callable[[dict[str, str]], object], what: str, *, log: Path, seconds: float = STANDSTILL
+    ) -> object:
+        """Poll a job until `found`, which is given what SLURM knows of it, holds; its value.
+
+        AssertionError with the end of the log when neither job nor log have changed for so many seconds, and at once
+        when the job is over.
+        """
+        facts: dict[str, str] = {}
+
+        def told() -> str:
+            text = log.read_text(errors="replace")[-6000:] if log.exists() else f"{log} is not there"
+            return f"{what}\njob {number}: {facts}\n{text}"
+
+        def holds() -> object:
+            nonlocal facts
+            facts = self.job(number) or facts
+            is_over = facts.get("JobState") in FINAL  # asked before looking: what comes later would be missed
+            value = found(facts)
+            assert value or not is_over, f"the job is over, but {told()}"
+            return value
+
+        def progress() -> Hashable:
+            size = log.stat().st_size if log.exists() else 0
+            return size, facts.get("JobState"), facts.get("Restarts")
+
+        return wait_for(holds, told, seconds=seconds, progress=progress)
+
+    def wait(self, number: str, *states: str, log: Path) -> dict[str, str]:
         """Wait until a job is in one of the states (default: a final one); what SLURM knows of it then."""
+        wanted = states or FINAL
 
-        def there() -> dict[str, str] | None:
-            facts = self.job(number)
-            return facts if facts.get("JobState") in (states or FINAL) else None
+        def there(facts: dict[str, str]) -> dict[str, str] | None:
+            return facts if facts.get("JobState") in wanted else None
 
-        def story() -> str:
-            texts = [path.read_text(errors="replace")[-3000:] for path in log if path.exists()]
-            return "\n".join([f"job {number}: {self.job(number)}", *texts])
-
-        return wait_for(there, seconds, story)
-
-
-def _environments() -> list[tuple[int, set[str]]]:
-    """(process id, its environment as NAME=value) of all processes that can be read."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                raw = (entry / "environ").read_bytes()
-            except OSError:
-                continue  # ended meanwhile
-            found.append((int(entry.name), set(raw.decode(errors="replace").split("\0"))))
-    return found
+        return self.watch(number, there, f"not {' or '.join(wanted)}", log=log)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden.make import DEBUG_RECIPE, ROOT, make_data
-from tests.slurm.cluster import Cluster, wait_for, why_not
+from tests.slurm.cluster import Cluster, why_not
 from vilg.train.rundir import LOGS
 
 # Small, so that little waits; a batch that two, and four, processes can share.
@@ -31,6 +31,13 @@ def cluster(tmp_path_factory):
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on(cluster):
+    """A test that fails leaves no job that would keep the nodes from the next one."""
+    yield
+    cluster.clear()
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +68,13 @@ class Job:
         """What the job's log holds so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def wait(self, *states: str, seconds: float = 150) -> dict[str, str]:
+    def wait(self, *states: str) -> dict[str, str]:
         """Until the job is in one of the states (default: at its end); what SLURM knows of it then."""
-        return self.cluster.wait(self.number, *states, seconds=seconds, log=[self.log])
+        return self.cluster.wait(self.number, *states, log=self.log)
 
-    def wait_for_text(self, text: str, *, seconds: float = 100) -> None:
+    def wait_for_text(self, text: str) -> None:
         """Until the log holds the text."""
-        wait_for(lambda: text in self.text(), seconds, lambda: f"{text!r} is not in the log:\n{self.text()[-4000:]}")
+        self.cluster.watch(self.number, lambda _: text in self.text(), f"{text!r} is not in the log", log=self.log)
 
 
 class Submit:

@@ -43,6 +43,7 @@ def test_a_dry_run_prints_a_script_that_bash_can_read_and_writes_nothing(at_root
         assert f"#SBATCH --{line}\n" in script
     assert f"#SBATCH --output='{tmp_path}/a run/logs/slurm-%j.out'\n" in script and "#SBATCH --gpus" not in script
     assert "export VILG_TASKS_PER_NODE=2\n" in script and "#SBATCH --ntasks" not in script
+    assert f"export VILG_RUN_DIR='{tmp_path}/a run'\n" in script
     assert "export VILG_CHAINED=yes\n" in script and "export VILG_EXCLUDE_BAD=yes\n" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 

@@ -3,6 +3,7 @@ on the real SLURM of tests/slurm, which covers the rest.
 """
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,16 @@ def test_ranks_get_address_and_port_and_their_words_a_file_each(submit, tmp_path
     assert code == 0 and requeued == ["requeue 123456"]
     assert "port=23456 addr=10.0.0.1" in started and "--ntasks=8" in started
     assert (tmp_path / "run" / "logs" / "rank_3.out").read_text() == "the rank's words\n"
+
+
+def test_a_port_that_somebody_listens_on_is_passed_over(submit):
+    with socket.create_server(("127.0.0.1", 23456)):
+        assert "port=23457" in submit(LATEST="step_00000010")[1]
+
+
+def test_the_run_folder_that_was_checked_at_submission_needs_no_python_on_the_batch_host(submit, tmp_path):
+    code, started, _ = submit(LATEST="step_00000010", VILG_RUN_DIR=str(tmp_path / "run"), PYTHON="/not/there/python")
+    assert code == 0 and "/not/there/python -m vilg train" in started
 
 
 def test_an_unfinished_run_is_requeued_while_it_makes_progress_and_stops_after_three_starts_without(submit):

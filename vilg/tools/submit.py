@@ -124,7 +124,8 @@ def _script(recipe: Recipe, nodes: Nodes, options: argparse.Namespace, passed: l
         "requeue": None,
         "signal": f"B:USR1@{options.warn_seconds}",
     }
-    variables = {"VILG_CHAINED": "yes"} if options.chain > 1 else {}
+    variables = {"VILG_RUN_DIR": str(recipe.run_dir)}
+    variables |= {"VILG_CHAINED": "yes"} if options.chain > 1 else {}
     variables |= {"VILG_TASKS_PER_NODE": str(nodes.tasks)} if is_range else {}
     variables |= {"VILG_EXCLUDE_BAD": "yes"} if options.exclude_bad else {}
     variables |= {"VILG_PREFLIGHT": "no"} if options.no_preflight else {}
