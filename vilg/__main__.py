@@ -49,6 +49,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("export", "vilg.checkpoint.export:main", "turn a checkpoint into one folder of safetensors"),
         Command("generate", "vilg.inference.commands:generate_main", "draw pictures for prompts"),
         Command("caption", "vilg.inference.commands:caption_main", "write captions for pictures"),
+        Command("eval caption", "vilg.evaluate.captions:main", "BLEU, METEOR, ROUGE-L, CIDEr of captions"),
         Command("eval scenes", "vilg.demo.evaluate:main", "score an export on the demo's scenes, both directions"),
     ),
 }

@@ -116,13 +116,20 @@ def _table(source: Path, table: Table) -> Iterator[Found]:
     if not images.is_dir():
         raise UserError(f"--images {images} is no folder")
     root = images.resolve()
+    return (_pair(source, root, name, captions) for name, captions in read_captions(source, table))
+
+
+def read_captions(source: Path, table: Table) -> Iterator[tuple[str, list[str]]]:
+    """(image, captions) of a table in any of its forms, as they stand there. Raises UserError."""
+    if source.suffix.lower() not in TABLES or not source.is_file():
+        raise UserError(f"{source} is no table of captions ({', '.join(TABLES)})")
     if source.suffix.lower() == ".json":
         rows = _json_rows(source, table)
     elif source.suffix.lower() == ".jsonl":
         rows = _named(_json_lines(source), source, table)
     else:
         rows = _named(_csv_lines(source), source, table)
-    return (_pair(source, root, name, captions) for name, captions in _grouped(rows))
+    return _grouped(rows)
 
 
 def _grouped(rows: Iterable[tuple[str, list[str]]]) -> Iterator[tuple[str, list[str]]]:
