@@ -50,6 +50,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("generate", "vilg.inference.commands:generate_main", "draw pictures for prompts"),
         Command("caption", "vilg.inference.commands:caption_main", "write captions for pictures"),
         Command("eval caption", "vilg.evaluate.captions:main", "BLEU, METEOR, ROUGE-L, CIDEr of captions"),
+        Command("eval fid", "vilg.evaluate.fid:main", "FID and Inception Score of pictures, rFID of an image tokenizer"),
         Command("eval scenes", "vilg.demo.evaluate:main", "score an export on the demo's scenes, both directions"),
     ),
 }

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from tests.unit.test_eval_fid import StandIn
 
 ROOT = Path(__file__).resolve().parents[2]
 README_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -122,6 +125,25 @@ def test_caption_explains_a_file_that_is_no_picture(demo, workplace):
     (workplace / "not.png").write_text("hello")
     output = run("vilg caption --model runs/demo/export not.png", workplace, code=2)
     assert "not.png" in output and "Traceback" not in output
+
+
+def test_the_tools_for_figures_take_what_the_commands_leave(demo, workplace):
+    """rFID of the exported image tokenizer, FID of drawn pictures, and captions scored, with a stand-in network."""
+    torch.jit.script(StandIn()).save(str(workplace / "network.pt"))
+    real = workplace / "scored"
+    real.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(real / f"{index}.png")
+    fid = "vilg eval fid --real scored --inception network.pt --out fid.json "
+    for options, name in (("--reconstruct runs/demo/export", "rfid"), ("runs/demo/generated", "fid")):
+        run(fid + options, workplace)
+        assert json.loads((workplace / "fid.json").read_text())[name] > 0
+    run("vilg caption --model runs/demo/export scored/*.png > captions.jsonl", workplace)
+    references = [{"image": f"{index}.png", "captions": ["a cat", "一只猫"]} for index in range(3)]
+    (workplace / "references.jsonl").write_text("".join(json.dumps(line) + "\n" for line in references))
+    command = "vilg eval caption captions.jsonl --references references.jsonl --no-meteor --tokenizer plain"
+    assert "on characters" in run(command, workplace)
 
 
 def test_another_format_version_of_an_export_is_refused(demo, workplace):
