@@ -23,11 +23,13 @@ BOI = 9
 
 
 def rows(sample):
-    return [getattr(sample, name).tolist() for name in ("text_input", "text_target", "image_input", "image_target")]
+    batch = collate([sample])
+    return [getattr(batch, name)[0].tolist() for name in ("text_input", "text_target", "image_input", "image_target")]
 
 
 def lengths(sample):
-    return sample.text_len, sample.text_prefix, sample.image_is_target
+    batch = collate([sample])
+    return int(batch.text_len), int(batch.text_prefix), int(batch.image_is_target)
 
 
 def test_text_to_image_shifts_the_image_and_leaves_the_text():
@@ -42,7 +44,7 @@ def test_text_to_image_shifts_the_image_and_leaves_the_text():
 
 def test_text_to_image_without_text_is_the_unconditional_branch():
     sample = text_to_image(SPEC, [], CODES)
-    assert sample.text_input.tolist() == [PAD] * 6
+    assert rows(sample)[0] == [PAD] * 6
     assert lengths(sample) == (0, 0, 1)
 
 
@@ -58,8 +60,9 @@ def test_image_to_text_shifts_the_text_and_leaves_the_image():
 
 def test_image_to_text_of_empty_text_predicts_the_end_alone():
     sample = image_to_text(SPEC, [], CODES)
-    assert sample.text_input[0] == BEGIN_OF_TEXT and sample.text_target[0] == END_OF_TEXT
-    assert (sample.text_target[1:] == IGNORE).all()
+    text_input, text_target, _, _ = rows(sample)
+    assert text_input == [BEGIN_OF_TEXT] + [PAD] * 5
+    assert text_target == [END_OF_TEXT] + [IGNORE] * 5
     assert lengths(sample) == (1, 0, 0)
 
 
@@ -74,18 +77,18 @@ def test_answer_shifts_the_answer_behind_an_unshifted_question():
 
 @pytest.mark.parametrize("make", [text_to_image, image_to_text])
 def test_every_target_token_is_the_next_input_token(make):
-    sample = make(SPEC, [5, 6, 7], CODES)
-    for input_ids, target in ((sample.text_input, sample.text_target), (sample.image_input, sample.image_target)):
+    text_input, text_target, image_input, image_target = map(np.array, rows(make(SPEC, [5, 6, 7], CODES)))
+    for input_ids, target in ((text_input, text_target), (image_input, image_target)):
         slots = np.flatnonzero(target[:-1] != IGNORE)
         following = input_ids[slots + 1]
-        is_end = target[slots] == END_OF_TEXT if target is sample.text_target else np.zeros(slots.size, bool)
+        is_end = target[slots] == END_OF_TEXT if target is text_target else np.zeros(slots.size, bool)
         assert (following == target[slots])[~is_end].all()
 
 
 def test_the_segment_can_be_filled_to_its_last_slot():
-    assert text_to_image(SPEC, [5] * 6, CODES).text_len == 6
-    assert image_to_text(SPEC, [5] * 5, CODES).text_target.tolist() == [5] * 5 + [END_OF_TEXT]
-    assert answer(SPEC, [10] * 3, [5] * 2, CODES).text_target.tolist() == [IGNORE] * 3 + [5, 5, END_OF_TEXT]
+    assert rows(text_to_image(SPEC, [5] * 6, CODES))[0] == [5] * 6
+    assert rows(image_to_text(SPEC, [5] * 5, CODES))[1] == [5] * 5 + [END_OF_TEXT]
+    assert rows(answer(SPEC, [10] * 3, [5] * 2, CODES))[1] == [IGNORE] * 3 + [5, 5, END_OF_TEXT]
 
 
 @pytest.mark.parametrize(
@@ -129,14 +132,14 @@ def test_special_ids_inside_a_text_are_refused(special):
 @pytest.mark.parametrize("make", [text_to_image, image_to_text])
 def test_codes_that_do_not_fit_are_refused(make, codes, message):
     with pytest.raises(UserError, match=message):
-        make(SPEC, [5], codes)
+        collate([make(SPEC, [5], codes)])
 
 
-def test_codes_may_come_as_a_grid_and_are_copied():
+def test_codes_may_come_as_a_grid_and_a_batch_copies_them():
     codes = CODES.astype(np.int64).reshape(2, 3)
-    sample = text_to_image(SPEC, [5], codes)
+    batch = collate([text_to_image(SPEC, [5], codes), image_to_text(SPEC, [5], codes)])
     codes[:] = 0
-    assert sample.image_target.tolist() == CODES.tolist()
+    assert batch.image_target[0].tolist() == batch.image_input[1].tolist() == CODES.tolist()
 
 
 def test_a_batch_may_mix_tasks():
@@ -150,14 +153,15 @@ def test_a_batch_may_mix_tasks():
     assert batch.text_input.dtype == batch.image_target.dtype == torch.int64
     assert batch.text_len.dtype == batch.image_is_target.dtype == torch.int32
     for index, sample in enumerate(samples):
-        assert batch.text_input[index].tolist() == sample.text_input.tolist()
-        assert batch.image_target[index].tolist() == sample.image_target.tolist()
+        text_input, text_target, image_input, image_target = rows(sample)
+        assert batch.text_input[index].tolist() == text_input and batch.text_target[index].tolist() == text_target
+        assert batch.image_input[index].tolist() == image_input and batch.image_target[index].tolist() == image_target
 
 
 def test_inputs_never_leave_the_embedding_tables():
-    for sample in (text_to_image(SPEC, [0, 19], CODES), image_to_text(SPEC, [0, 19], CODES)):
-        assert 0 <= sample.text_input.min() and sample.text_input.max() < SPEC.text_vocab_size
-        assert 0 <= sample.image_input.min() and sample.image_input.max() <= SPEC.begin_of_image
+    batch = collate([text_to_image(SPEC, [0, 19], CODES), image_to_text(SPEC, [0, 19], CODES)])
+    assert 0 <= batch.text_input.min() and batch.text_input.max() < SPEC.text_vocab_size
+    assert 0 <= batch.image_input.min() and batch.image_input.max() <= SPEC.begin_of_image
     assert SPEC.begin_of_image == SPEC.image_vocab_size == BOI
 
 

@@ -1,5 +1,7 @@
 """A folder of token shards as numbered samples. N image slots."""
 
+import bisect
+import itertools
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ class TokenDataset:
         self.index_folder = index_folder if index_folder is not None else folder / INDEX_FOLDER
         self.manifest_hash = manifest.hash
         self.num_samples = manifest.num_samples
-        self._ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
+        self._ends = list(itertools.accumulate(shard.samples for shard in manifest.shards))
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._indices: dict[int, ShardIndex] = {}  # only those that could not be saved
         self._verified: dict[int, tuple[int, int]] = {}  # shard -> (mtime_ns, inode) whose fingerprint was right
@@ -138,8 +140,8 @@ class TokenDataset:
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return number, int(index) - (int(self._ends[number - 1]) if number else 0)
+        number = bisect.bisect_right(self._ends, index)
+        return number, int(index) - (self._ends[number - 1] if number else 0)
 
     def _reader(self, number: int) -> ShardReader:
         reader = self._readers.get(number)

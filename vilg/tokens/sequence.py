@@ -13,8 +13,10 @@ text of m tokens fills m + 1 slots; a source segment is not shifted.
 Shapes: B batch, T text slots, N image slots.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,31 +97,29 @@ class SequenceBatch:
         return self.text_input.shape[0]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sequence: the same fields as `SequenceBatch` without the batch axis (numpy int64 [T], [N], Python ints)."""
+class Sample(NamedTuple):
+    """One sequence, checked but not yet laid out: `collate` does that for a whole batch at once.
 
-    text_input: np.ndarray
-    image_input: np.ndarray
-    text_target: np.ndarray
-    image_target: np.ndarray
-    text_len: int
+    text: ids as they fill the text slots, a begin token before a target included. text_prefix: how many of the first of
+    them are source. codes: integers [N], the caller's own array.
+    """
+
+    spec: SequenceSpec
+    text: Sequence[int]
     text_prefix: int
-    image_is_target: int
+    image_is_target: bool
+    codes: np.ndarray
 
 
 def text_to_image(spec: SequenceSpec, text: Sequence[int], codes: np.ndarray) -> Sample:
     """Text is source, image is target. Empty `text` is the unconditional branch of classifier-free guidance.
 
     text: ids without special ones. codes: integers [N] or [H, W].
-    Raises UserError if the text has more than T tokens, or if ids or codes do not fit the vocabularies.
+    Raises UserError if the text has more than T tokens, or if its ids or the shape of the codes do not fit.
     """
     _check_text(spec, text)
-    text_input = _padded_text(spec, text)
-    codes = _checked_codes(spec, codes)
-    image_input = np.concatenate([[spec.begin_of_image], codes[:-1]])
-    no_text_loss = np.full(spec.text_slots, IGNORE, np.int64)
-    return Sample(text_input, image_input, no_text_loss, codes, len(text), len(text), 1)
+    _check_room(spec, len(text))
+    return Sample(spec, text, len(text), True, _flat_codes(spec, codes))
 
 
 def image_to_text(spec: SequenceSpec, text: Sequence[int], codes: np.ndarray) -> Sample:
@@ -130,41 +130,54 @@ def image_to_text(spec: SequenceSpec, text: Sequence[int], codes: np.ndarray) ->
 def answer(spec: SequenceSpec, question: Sequence[int], text: Sequence[int], codes: np.ndarray) -> Sample:
     """Image and question are source, `text` is target (visual question answering; captioning if no question).
 
-    Raises UserError if question + text + 1 exceeds T, or if ids or codes do not fit the vocabularies.
+    Raises UserError if question + text + 1 exceeds T, or if ids or the shape of the codes do not fit.
     """
     _check_text(spec, question)
     _check_text(spec, text)
     shifted = [*question, BEGIN_OF_TEXT, *text]
-    text_target = np.full(spec.text_slots, IGNORE, np.int64)
-    text_input = _padded_text(spec, shifted)
-    text_target[len(question) : len(shifted)] = [*text, END_OF_TEXT]
-    codes = _checked_codes(spec, codes)
-    no_image_loss = np.full(spec.image_slots, IGNORE, np.int64)
-    return Sample(text_input, codes, text_target, no_image_loss, len(shifted), len(question), 0)
+    _check_room(spec, len(shifted))
+    return Sample(spec, shifted, len(question), False, _flat_codes(spec, codes))
 
 
 def collate(samples: Sequence[Sample]) -> SequenceBatch:
-    """Stack samples of any mix of tasks (at least one)."""
-    arrays = {
-        f.name: torch.from_numpy(np.stack([getattr(s, f.name) for s in samples]))
-        for f in fields(Sample)
-        if f.name.endswith(("_input", "_target")) and f.name != "image_is_target"
-    }
-    counts = {
-        name: torch.tensor([getattr(s, name) for s in samples], dtype=torch.int32)
-        for name in ("text_len", "text_prefix", "image_is_target")
-    }
-    return SequenceBatch(**arrays, **counts)
+    """Lay out samples of any mix of tasks (at least one, of one spec).
+
+    Raises UserError for codes outside the vocabulary, which would stop a GPU without saying why.
+    """
+    spec = samples[0].spec
+    lengths = np.array([len(sample.text) for sample in samples], np.int32)
+    prefixes = np.array([sample.text_prefix for sample in samples], np.int32)
+    is_image = np.array([sample.image_is_target for sample in samples], bool)
+    text_input, text_target = _lay_out_text(spec, [sample.text for sample in samples], lengths, prefixes)
+    image_input, image_target = _lay_out_images(spec, np.stack([sample.codes for sample in samples]), is_image)
+    arrays = (text_input, image_input, text_target, image_target, lengths, prefixes, is_image.astype(np.int32))
+    return SequenceBatch(*map(torch.from_numpy, arrays))
 
 
-def _padded_text(spec: SequenceSpec, ids: Sequence[int]) -> np.ndarray:
-    if len(ids) > spec.text_slots:
-        raise UserError(
-            f"text fills {len(ids)} slots, but the text segment has {spec.text_slots} (tokens.text_slots); shorten it"
-        )
-    padded = np.full(spec.text_slots, PAD, np.int64)
-    padded[: len(ids)] = ids
-    return padded
+def _lay_out_text(
+    spec: SequenceSpec, texts: Sequence[Sequence[int]], lengths: np.ndarray, prefixes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Input and target int64 [B, T]. A target is the input behind it, and the end token behind the last one."""
+    shape, slots = (len(texts), spec.text_slots), np.arange(spec.text_slots)
+    filled = slots < lengths[:, None]  # [B, T]
+    text_input = np.full(shape, PAD, np.int64)
+    text_input[filled] = np.fromiter(itertools.chain.from_iterable(texts), np.int64, lengths.sum())
+    following = np.full(shape, END_OF_TEXT, np.int64)
+    following[:, :-1] = text_input[:, 1:]
+    following[slots == lengths[:, None] - 1] = END_OF_TEXT
+    return text_input, np.where(filled & (slots >= prefixes[:, None]), following, IGNORE)
+
+
+def _lay_out_images(spec: SequenceSpec, codes: np.ndarray, is_target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Input and target int64 [B, N] of codes [B, N] and bool [B]."""
+    if codes.max() >= spec.image_vocab_size or codes.min() < 0:
+        raise UserError(f"image codes span {codes.min()}..{codes.max()}, outside 0..{spec.image_vocab_size - 1}")
+    image_input = codes.astype(np.int64)
+    image_input[is_target, 1:] = codes[is_target, :-1]
+    image_input[is_target, 0] = spec.begin_of_image
+    image_target = np.full(codes.shape, IGNORE, np.int64)
+    image_target[is_target] = codes[is_target]
+    return image_input, image_target
 
 
 def _check_text(spec: SequenceSpec, ids: Sequence[int]) -> None:
@@ -181,13 +194,17 @@ def _check_text(spec: SequenceSpec, ids: Sequence[int]) -> None:
         raise UserError(f"text holds the special ids {BEGIN_OF_TEXT}..{PAD}, which belong to the layout alone")
 
 
-def _checked_codes(spec: SequenceSpec, codes: np.ndarray) -> np.ndarray:
+def _check_room(spec: SequenceSpec, num_slots: int) -> None:
+    if num_slots > spec.text_slots:
+        raise UserError(
+            f"text fills {num_slots} slots, but the text segment has {spec.text_slots} (tokens.text_slots); shorten it"
+        )
+
+
+def _flat_codes(spec: SequenceSpec, codes: np.ndarray) -> np.ndarray:
     codes = np.asarray(codes)
     if codes.shape not in ((spec.image_slots,), spec.grid):
         raise UserError(f"image codes of shape {codes.shape}, but the grid is {spec.grid} ({spec.image_slots} slots)")
-    if not np.issubdtype(codes.dtype, np.integer):
+    if codes.dtype.kind not in "iu":
         raise UserError(f"image codes are {codes.dtype}, not integers")
-    codes = codes.astype(np.int64).reshape(-1)  # a copy: a sample does not change with the caller's array
-    if codes.min() < 0 or codes.max() >= spec.image_vocab_size:
-        raise UserError(f"image codes span {codes.min()}..{codes.max()}, outside 0..{spec.image_vocab_size - 1}")
-    return codes
+    return codes.reshape(-1)
