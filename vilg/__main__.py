@@ -51,6 +51,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("caption", "vilg.inference.commands:caption_main", "write captions for pictures"),
         Command("eval caption", "vilg.evaluate.captions:main", "BLEU, METEOR, ROUGE-L, CIDEr of captions"),
         Command("eval fid", "vilg.evaluate.fid:main", "FID and Inception Score of pictures, rFID of an image tokenizer"),
+        Command("eval vqa", "vilg.evaluate.vqa:main", "exact match of answers to questions about pictures"),
+        Command("eval clip", "vilg.evaluate.clip:main", "how well drawn pictures fit their prompts, by a CLIP model"),
         Command("eval scenes", "vilg.demo.evaluate:main", "score an export on the demo's scenes, both directions"),
     ),
 }
