@@ -25,7 +25,7 @@ class Filter(Section):
 
 
 class LanguageFilter(Filter):
-    """By script, which is what short captions allow: see `vilg.data.filters.words.language`."""
+    """By script, which is what short captions allow: see `vilg.data.filters.captions.language`."""
 
     keep: tuple[Language, ...] = Field(("zh", "en"), description="Languages that are kept.")
 
