@@ -265,6 +265,17 @@ def _tokens(r: Any, known: Surroundings) -> Iterator[Problem]:
         )
 
 
+def _urls(r: Any, known: Surroundings) -> Iterator[Problem]:
+    places = {"data.train": r.data.train} | {f"data.blend.{i}.path": part.path for i, part in enumerate(r.data.blend)}
+    for key, place in places.items():
+        if isinstance(place, str) and r.data.cache_dir is None:
+            yield Problem(
+                key, f"{key}={place} is a URL, and data.cache_dir is not set; set it to a folder on the node's own disk"
+            )
+        if isinstance(place, str) and "::" in place:
+            yield Problem(key, f"{key}={place} is a chain of URLs (::), which is not read; give the URL of the folder")
+
+
 def _loss(r: Any, known: Surroundings) -> Iterator[Problem]:
     text, image = r.loss.text_weight, r.loss.image_weight
     if text == 0 and image == 0:
@@ -338,6 +349,7 @@ RULES: tuple[Rule, ...] = (
     _batch,
     _schedule,
     _tokens,
+    _urls,
     _loss,
     _samples,
     _keep_every,

@@ -4,14 +4,27 @@ A field has a type, a default where one is sensible, and one sentence with unit 
 fields live in `check.py`, reading and error positions in `load.py`. Unknown keys are refused everywhere.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _path_or_url(value: object) -> Path | str:
+    if isinstance(value, str):
+        return value if re.match(r"[a-z][a-z0-9+.-]*://", value) else Path(value)
+    if not isinstance(value, Path):
+        raise PydanticCustomError("path_type", "should be a path")
+    return value
+
+
+Place = Annotated[Path | str, PlainValidator(_path_or_url)]  # a str is a URL
 
 
 class Section(BaseModel):
@@ -60,14 +73,14 @@ class TokensConfig(Section):
 class BlendPart(Section):
     """A further data set of a run."""
 
-    path: Path = Field(description="Folder of token shards with manifest.json.")
+    path: Place = Field(description="Folder or URL of token shards, as data.train.")
     weight: float = Field(gt=0, description="Samples of it for every sample of data.train.")
 
 
 class DataConfig(Section):
     """Where token shards lie and how pairs become sequences."""
 
-    train: Path = Field(description="Folder of token shards with manifest.json.")
+    train: Place = Field(description="Folder of token shards with manifest.json, or its URL (s3://, gs://, http://).")
     blend: tuple[BlendPart, ...] = Field((), description="Further data sets, mixed in by weight; data.train has 1.")
     directions: Literal["both", "alternate"] = Field(
         "alternate", description="both: each pair gives two sequences (the paper); alternate: a seeded coin per pair."
@@ -76,6 +89,10 @@ class DataConfig(Section):
     caption_dropout: Fraction = Field(
         0.1, description="Share of text -> image samples whose caption is emptied, for classifier-free guidance."
     )
+    cache_dir: Path | None = Field(
+        None, description="Folder on the node's own disk for what is read from URLs; all ranks of a node share it."
+    )
+    cache_gib: float = Field(20.0, gt=0, description="GiB that data.cache_dir may take on a node, without indices.")
     workers: int = Field(0, ge=0, description="Reader processes per rank; 0 reads in the training process.")
     read_timeout: float = Field(
         60.0, ge=0, description="Seconds without a sample before a stalled read is tried again, four times; 0: wait."

@@ -20,6 +20,7 @@ import numpy as np
 from vilg.config.schema import DataConfig
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
 from vilg.data.order import Order, philox
+from vilg.data.remote import RemoteDataset
 from vilg.errors import UserError
 from vilg.tokens.sequence import SequenceSpec
 
@@ -28,11 +29,17 @@ STRETCH = 8192  # a share is exact to half of 1 / 8192
 
 def open_data(config: DataConfig) -> "TokenDataset | Blend":
     """What `data.train` and `data.blend` name. Raises UserError naming the folder, file or weight at fault."""
-    first = TokenDataset.open(config.train)
+    first = _open(config.train, config)
     if not config.blend:
         return first
-    others = [TokenDataset.open(part.path) for part in config.blend]
+    others = [_open(part.path, config) for part in config.blend]
     return Blend([first, *others], [1.0, *(part.weight for part in config.blend)])
+
+
+def _open(place: Path | str, config: DataConfig) -> TokenDataset:
+    if isinstance(place, Path):
+        return TokenDataset.open(place)
+    return RemoteDataset.open(place, cache_dir=config.cache_dir, cache_bytes=int(config.cache_gib * 2**30))
 
 
 class Blend:
@@ -52,6 +59,7 @@ class Blend:
         self.firsts = np.cumsum([0, *(part.num_samples for part in self.parts)])[:-1]
         described = [[part.manifest_hash, count] for part, count in zip(self.parts, self.counts)]
         self.manifest_hash = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        self.is_remote = any(part.is_remote for part in self.parts)
 
     def __reduce__(self):
         return Blend, (self.parts, self.weights)
@@ -78,6 +86,13 @@ class Blend:
         """As `TokenDataset.shard_of`."""
         part, inner = self._locate(number)
         return part.shard_of(inner)
+
+    def read_ahead(self, numbers: np.ndarray) -> None:
+        """As `RemoteDataset.read_ahead`, of the parts that are remote."""
+        for part, first in zip(self.parts, self.firsts):
+            mine = numbers[(numbers >= first) & (numbers < first + part.num_samples)] - first
+            if part.is_remote and len(mine):
+                part.read_ahead(mine)
 
     def order(self, seed: int) -> "BlendOrder":
         """In which order a run of this seed visits the samples."""

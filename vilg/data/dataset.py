@@ -47,6 +47,8 @@ class TokenDataset:
     Cheap to send to another process: only the folders travel, files are opened where they are read.
     """
 
+    is_remote = False  # then `read_ahead` (of `remote.py`) wants to know what comes next
+
     def __init__(self, folder: Path, manifest: Manifest, index_folder: Path | None):
         self.folder, self.manifest = folder, manifest
         self.index_folder = index_folder if index_folder is not None else folder / INDEX_FOLDER

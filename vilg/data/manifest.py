@@ -69,11 +69,16 @@ class Manifest:
         """Read and check `folder/manifest.json`. Raises UserError naming the file and what is wrong with it."""
         path = Path(folder) / FILE_NAME
         data = read_json(path, missing=f"{folder} is no folder of token shards (`vilg data tokenize` makes one)")
+        return Manifest.parse(data, path)
+
+    @staticmethod
+    def parse(data: object, where: Path | str) -> "Manifest":
+        """Check the JSON of a manifest that was read from `where`. Raises UserError naming it."""
         try:
             return _checked(data)
         except (KeyError, TypeError, ValueError) as error:
             detail = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"{path}: {detail}") from None
+            raise UserError(f"{where}: {detail}") from None
 
 
 def _checked(data: object) -> Manifest:

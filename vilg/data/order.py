@@ -17,6 +17,7 @@ from vilg.errors import UserError
 
 BLOCK_SAMPLES = 256
 WINDOW_BLOCKS = 16
+WINDOW_SAMPLES = BLOCK_SAMPLES * WINDOW_BLOCKS
 
 
 def philox(seed: int, purpose: str, *indices: int, counter: int = 0) -> np.random.Philox:
@@ -68,10 +69,9 @@ class Order:
             raise IndexError(f"position outside 0..{self.num_samples - 1}")
         samples = np.empty_like(positions)
         # Pretend that the one short block were full: positions behind its window shift by what it lacks.
-        size = BLOCK_SAMPLES * WINDOW_BLOCKS
-        short_window_end = (self._short_window(epoch) + 1) * size - self._missing
+        short_window_end = (self._short_window(epoch) + 1) * WINDOW_SAMPLES - self._missing
         shifted = np.where(positions >= short_window_end, positions + self._missing, positions)
-        windows, offsets = np.divmod(shifted, size)
+        windows, offsets = np.divmod(shifted, WINDOW_SAMPLES)
         for window in np.unique(windows):
             at = windows == window
             samples[at] = self._window(epoch, int(window))[offsets[at]]

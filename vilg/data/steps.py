@@ -13,7 +13,7 @@ import torch
 
 from vilg.data.blend import Blend
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
-from vilg.data.order import uniforms
+from vilg.data.order import WINDOW_SAMPLES, uniforms
 from vilg.errors import UserError
 from vilg.tokens.sequence import Sample, SequenceBatch, SequenceSpec, collate, image_to_text, text_to_image
 
@@ -84,6 +84,7 @@ class StepBuilder:
         self._order = self.dataset.order(self.seed)
         self._encoded: OrderedDict[str, tuple[int, ...]] = OrderedDict()
         self._reading = 0
+        self._fetched = 0  # global index up to which remote data have been told what comes
         self.last_sample = time.monotonic()
 
     def reading_from(self) -> str:
@@ -94,6 +95,8 @@ class StepBuilder:
         return StepBuilder, tuple(getattr(self, field.name) for field in fields(self))
 
     def __call__(self, first: int) -> StepData:
+        if self.dataset.is_remote:
+            self._read_ahead(first)
         chances = uniforms(self.seed, "pair-choices", first, self.global_size)
         # [micro-batches, micro_size]: the elements of the step that are this rank's.
         mine = np.arange(self.global_size).reshape(-1, self.data_size, self.micro_size)[:, self.data_rank]
@@ -111,6 +114,12 @@ class StepBuilder:
         except UserError as error:  # handed over as text: a traceback from a worker would bury it
             return StepData([], mine.size, bad, failure=str(error))
         return StepData(arrays, mine.size, bad)
+
+    def _read_ahead(self, first: int) -> None:
+        """Tell remote data what the next two windows of the order need, once every window."""
+        if first >= self._fetched:
+            self.dataset.read_ahead(self._order(np.arange(first, first + 2 * WINDOW_SAMPLES)))
+            self._fetched = first + WINDOW_SAMPLES
 
     def _pair(self, index: int, number: int, chance: float, bad: list[BadSample]) -> tuple[np.ndarray, tuple[int, ...]]:
         """Codes and caption ids at global index `index`, or those of the next good position in its data set's order.

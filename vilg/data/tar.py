@@ -32,11 +32,11 @@ _REFUSED = {
 class ShardError(UserError):
     """A shard that cannot be trusted; names the shard and, where known, the byte or the key."""
 
-    def __init__(self, shard: Path, message: str, *, byte: int | None = None, key: str | None = None):
+    def __init__(self, shard: Path | str, message: str, *, byte: int | None = None, key: str | None = None):
         where = f" byte {byte}" if byte is not None else ""
         where += f" key {key!r}" if key is not None else ""
         super().__init__(f"{shard}:{where} {message}" if where else f"{shard}: {message}")
-        self.shard, self.byte, self.key, self.reason = Path(shard), byte, key, message
+        self.shard, self.byte, self.key, self.reason = shard, byte, key, message
 
     def __reduce__(self):  # the default would call ShardError(full message), which loses the parts
         return partial(ShardError, byte=self.byte, key=self.key), (self.shard, self.reason)

@@ -23,6 +23,7 @@ HARMLESS = {
     "checkpoint.*": "only when checkpoints are saved",
     "guards.*": "only when the run stops itself",
     "data.train": "the folder may move; its manifest's hash must stay the same",
+    "data.cache_*": "batches do not depend on it",
     "data.read_timeout": "batches do not depend on it",
     "data.workers": "batches do not depend on it",
     "data.max_bad_fraction": "only when the run stops itself",

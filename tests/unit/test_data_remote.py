@@ -1,0 +1,272 @@
+"""Token shards behind URLs: the samples of a local folder, through a bounded cache, with errors that name the URL."""
+
+import http.server
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.data_support import SPEC, Bytes, data_config, make_shards
+from vilg.config import dump_recipe, load_recipe
+from vilg.config.schema import DataConfig
+from vilg.data import pieces, remote
+from vilg.data.dataset import TokenDataset
+from vilg.data.loader import Loader, open_data
+from vilg.data.manifest import Manifest
+from vilg.data.order import BLOCK_SAMPLES
+from vilg.data.pieces import PieceCache
+from vilg.data.remote import RemoteDataset
+from vilg.errors import UserError
+
+SIZES = [700, 1, 900]  # blocks reach over the ends of shards
+AMPLE = 1 << 30
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder with byte ranges. asked: (name, begin, end) of every GET; failing: GETs to answer with 500."""
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder, self.failing, self.ranges = folder, 0, True
+        self.asked: list[tuple[str, int, int]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/tokens"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, *, body: bool) -> None:
+        server: Server = self.server  # type: ignore[assignment]
+        name = self.path.removeprefix("/tokens/")
+        path = server.folder / name
+        if body and server.failing:
+            server.failing -= 1
+            self.send_error(500)
+            return
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, status = path.read_bytes(), 200
+        asked = self.headers.get("Range")
+        if asked and server.ranges:
+            begin, end = (int(part) for part in asked.removeprefix("bytes=").split("-"))
+            server.asked.append((name, begin, end))
+            data, status = data[begin : end + 1], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    folder = make_shards(tmp_path / "tokens", SIZES)
+    local = TokenDataset.open(folder)
+    for number in range(len(SIZES)):
+        local.shard_index(number)
+    return folder
+
+
+@pytest.fixture
+def server(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote, "_PAUSES", (0.0, 0.0))
+    one = Server(tokens)
+    thread = threading.Thread(target=one.serve_forever, args=(0.01,))
+    thread.start()
+    yield one
+    one.shutdown()
+    one.server_close()
+    thread.join()
+
+
+def opened(url: str, cache: Path, size: int = AMPLE) -> RemoteDataset:
+    return RemoteDataset.open(url, cache_dir=cache, cache_bytes=size)
+
+
+def assert_same_samples(one: TokenDataset, other: TokenDataset, numbers: range) -> None:
+    for number in numbers:
+        ours, theirs = one.sample(number), other.sample(number)
+        np.testing.assert_array_equal(ours.codes, theirs.codes)
+        assert (ours.captions, ours.meta) == (theirs.captions, theirs.meta)
+        assert one.error(number, "", "").key == other.error(number, "", "").key
+
+
+def test_http_gives_the_samples_of_the_folder_and_fetches_each_block_once(server, tokens, tmp_path):
+    found = opened(server.url, tmp_path / "cache")
+    assert found.manifest_hash == TokenDataset.open(tokens).manifest_hash
+    assert_same_samples(found, TokenDataset.open(tokens), range(sum(SIZES)))
+    blocks = [one for one in server.asked if one[2] - one[1] > 64 * 1024]  # the others were fingerprints
+    assert len(set(blocks)) == len(blocks)
+    server.asked.clear()
+    assert_same_samples(opened(server.url, tmp_path / "cache"), TokenDataset.open(tokens), range(0, sum(SIZES), 50))
+    assert not server.asked  # another process of the node
+
+
+def batches(config: DataConfig, steps: int) -> tuple[list[np.ndarray], Loader]:
+    data = open_data(config)
+    loader = Loader(data, Bytes(), SPEC, config, seed=5, global_size=64, micro_size=64)
+    step = iter(loader)
+    return [next(step)[0].image_input.numpy() for _ in range(steps)], loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_reads_the_same_from_a_url(server, tokens, tmp_path, workers):
+    expected, _ = batches(data_config(tokens), 40)
+    remote_data = {"cache_dir": tmp_path / "cache", "workers": workers, "read_timeout": 0.0}
+    found, _ = batches(DataConfig(train=server.url, **remote_data), 40)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_url_and_a_folder_blend_as_two_folders_do(tokens, tmp_path):
+    other = make_shards(tmp_path / "other", [300])
+    place = {"cache_dir": tmp_path / "cache"}
+    expected, _ = batches(data_config(tokens, blend=[{"path": other, "weight": 1.0}]), 10)
+    mixed = DataConfig(train=tokens, blend=[{"path": f"file://{other}", "weight": 1.0}], **place)
+    found, _ = batches(mixed, 10)
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(expected))
+
+
+def test_what_comes_is_fetched_ahead_in_the_order_of_the_run(server, tmp_path):
+    data = opened(server.url, tmp_path / "cache")
+    data.read_ahead(np.array([900, 901, 10, 1500]))
+    for thread in data._fetchers:
+        thread.join(timeout=30)
+    server.asked.clear()
+    for number in (768, 899, 0, 255, 1400, 1535):
+        data.sample(number)
+    assert not server.asked
+    data.sample(300)
+    assert len(server.asked) == 1
+
+
+def test_the_cache_stays_within_its_limit_over_epochs_and_keeps_few_files_open(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_LEAST_WINDOWS", 0)
+    monkeypatch.setattr(remote, "_OPEN_PIECES", 2)
+    total = sum(shard.bytes for shard in Manifest.load(tokens).shards)
+    data, local = opened(f"file://{tokens}", tmp_path / "cache", total // 2), TokenDataset.open(tokens)
+    descriptors = []
+    for _epoch in range(3):
+        for first in range(0, sum(SIZES), BLOCK_SAMPLES):
+            assert_same_samples(data, local, range(first, first + 2))
+            assert sum(file.stat().st_size for file in (tmp_path / "cache" / "pieces").iterdir()) <= total // 2
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+    assert descriptors[0] == descriptors[-1]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"data\.cache_gib=0\.00\d+ is too little for file://.*; use 0\.0"):
+        opened(f"file://{tokens}", tmp_path / "cache", total // 2)
+
+
+def test_without_an_index_the_shard_is_read_once_and_its_hash_checked(server, tokens, tmp_path):
+    shutil.rmtree(tokens / "index")
+    local = TokenDataset.open(tokens, index_folder=tmp_path / "index")
+    assert_same_samples(opened(server.url, tmp_path / "cache"), local, range(0, sum(SIZES), 100))
+    assert not list((tmp_path / "cache").rglob(".*"))
+    flipped = bytearray((tokens / "00000.tar").read_bytes())
+    flipped[700] ^= 1
+    (tokens / "00000.tar").write_bytes(flipped)
+    with pytest.raises(UserError, match=rf"^{server.url}/00000\.tar: has SHA-256"):
+        opened(server.url, tmp_path / "fresh").sample(0)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: (d / "00000.tar").unlink(), r"/00000\.tar: cannot be read: FileNotFoundError"),
+        (lambda d: (d / "00000.tar").write_bytes(b"x" * 9), r"/00000\.tar: was replaced or changed: 9 bytes"),
+        (lambda d: _exchange(d, b"000000001.txt", b"000000009.txt"), r"/00000\.tar: was replaced or changed"),
+        (lambda d: (d / "index/00000.tar.idx").write_bytes(b"{}"), r"/index/00000\.tar\.idx: is no shard index"),
+        (lambda d: shutil.copy(d / "index/00001.tar.idx", d / "index/00000.tar.idx"), "is the index of another 00000.tar"),
+        (lambda d: (d / "manifest.json").unlink(), r"/manifest\.json: cannot be read: FileNotFoundError"),
+        (lambda d: (d / "manifest.json").write_text("{"), r"/manifest\.json cannot be read as JSON"),
+        (lambda d: (d / "manifest.json").write_text("{}"), r"/manifest\.json: 'format_version' is missing"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_behind_a_url_is_an_error_that_names_it(server, tokens, tmp_path, spoil: Callable, message):
+    spoil(tokens)
+    with pytest.raises(UserError, match=f"^{server.url}.*{message}"):
+        opened(server.url, tmp_path / "cache").sample(0)
+
+
+def _exchange(folder: Path, old: bytes, new: bytes) -> None:
+    (folder / "00000.tar").write_bytes((folder / "00000.tar").read_bytes().replace(old, new))
+
+
+def test_a_failing_server_is_asked_again_and_then_named(server, tmp_path):
+    data = opened(server.url, tmp_path / "cache")
+    data.sample(0)
+    server.failing = 2
+    assert data.sample(300).captions == ("300",)
+    server.failing = 100
+    with pytest.raises(UserError, match=rf"^{server.url}/00000\.tar: could not be read in 3 attempts: .*500"):
+        data.sample(600)
+    server.failing, server.ranges = 0, False
+    with pytest.raises(UserError, match=r"00002\.tar.*in 3 attempts: .*bytes came where .*the server must know ranges"):
+        data.sample(1200)
+
+
+def test_stores_without_their_package_or_unknown_ones_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"s3://bucket/x/manifest\.json: s3:// cannot be read: .*pip install s3fs"):
+        opened("s3://bucket/x", tmp_path)
+    with pytest.raises(UserError, match="nonsense://x/manifest.json: .*known are s3://"):
+        opened("nonsense://x", tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "cache").write_bytes(b"a file where a folder should be")
+    with pytest.raises(UserError, match="pieces: Not a directory; data.cache_dir wants"):
+        PieceCache(tmp_path / "cache" / "pieces", 100).open("name", lambda: b"x")
+    make_shards(tmp_path / "tokens", [2])
+    with pytest.raises(UserError, match=r"00000\.tar\.idx: cannot write: Not a directory; data\.cache_dir"):
+        opened(f"file://{tmp_path / 'tokens'}", tmp_path / "cache").sample(0)
+
+
+def test_a_recipe_takes_a_url_as_it_is_and_wants_a_cache_for_it(repository, tmp_path):
+    url, cache = "--data.train=s3://bucket/tokens", f"--data.cache_dir={tmp_path}"
+    recipe = load_recipe(repository / "launch/recipes/debug.yaml", [url, cache])
+    assert recipe.data.train == "s3://bucket/tokens" and recipe.data.cache_dir == tmp_path
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    with pytest.raises(UserError, match="data.train=s3://bucket/tokens is a URL, and data.cache_dir is not set"):
+        load_recipe(repository / "launch/recipes/debug.yaml", [url])
+    with pytest.raises(UserError, match="is a chain of URLs"):
+        load_recipe(repository / "launch/recipes/debug.yaml", ["--data.train=zip://x::s3://bucket/a.zip", cache])
+    with pytest.raises(UserError, match="data.train.* should be a path"):
+        load_recipe(repository / "launch/recipes/debug.yaml", ["--data.train=5"])
+
+
+def test_several_processes_fetch_once_and_none_waits_for_one_that_hangs(tmp_path, monkeypatch):
+    cache, begun, go_on, fetched = PieceCache(tmp_path / "c", 1000), threading.Event(), threading.Event(), []
+
+    def slow() -> bytes:
+        begun.set()
+        go_on.wait(30)
+        return b"slow"
+
+    holder = threading.Thread(target=lambda: os.close(cache.open("a", slow)))
+    holder.start()
+    assert begun.wait(30)
+    cache.fetch_ahead("a", lambda: fetched.append("ahead") or b"")  # leaves it to the other
+    monkeypatch.setattr(pieces, "_PATIENCE", 0.05)
+    file = cache.open("a", lambda: fetched.append("again") or b"quick")
+    assert fetched == ["again"] and os.pread(file, 9, 0) == b"quick"
+    go_on.set()
+    holder.join(timeout=30)
+    assert os.pread(file, 9, 0) == b"quick"  # whole, though its name now leads to the other copy
+    os.close(file)
