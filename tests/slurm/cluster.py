@@ -183,7 +183,7 @@ class Cluster:
         """Until all nodes are up and nothing runs on them."""
 
         def idle() -> bool:
-            return self.call("sinfo", "-h", "-N", "-o", "%t", check=False).split() == ["idle"] * len(self.nodes)
+            return set(self.call("sinfo", "-h", "-N", "-o", "%t", check=False).split()) == {"idle"}
 
         wait_for(idle, lambda: f"nodes not idle:\n{self.call('sinfo', '-Nl')}\n{self.call('squeue')}")
 
@@ -227,7 +227,13 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def watch(
-        self, number: str, found: Callable[[dict[str, str]], object], what: str, *, log: Path, seconds: float = STANDSTILL
+        self,
+        number: str,
+        found: Callable[[dict[str, str]], object],
+        what: str,
+        *,
+        log: Path,
+        seconds: float = STANDSTILL,
     ) -> object:
         """Poll a job until `found`, which is given what SLURM knows of it, holds; its value.
 

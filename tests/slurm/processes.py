@@ -1,4 +1,4 @@
-"""Processes of this machine by what is in their environment, and a watcher that ends a cluster's when its owner is gone.
+"""Processes by what is in their environment, and a watcher that ends a cluster's when its owner is gone.
 
     python tests/slurm/processes.py NAME=VALUE    waits for the end of its standard input, then kills
 
