@@ -13,20 +13,28 @@ from tqdm import tqdm
 
 from vilg.data.dataset import INDEX_FOLDER, index_path
 from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta
-from vilg.data.manifest import Manifest, ShardEntry
+from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry
 from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, index_shard
 from vilg.data.tar import ShardError
 
 
-def lint(folder: Path, *, fast: bool = False, progress: bool = True) -> Iterator[str]:
+def lint(
+    folder: Path, *, fast: bool = False, progress: bool = True, image_tokenizer_hash: str | None = None
+) -> Iterator[str]:
     """Yield one line per fault of the token shards in `folder`.
 
     Checks the manifest, sizes, SHA-256, tar structure, grouping, and of every sample codes (dtype, shape, range), JSON
     and captions (UTF-8, not blank). fast: manifest, sizes, saved indices and quick fingerprints only; where a shard has
-    no saved index its headers are walked. Raises UserError if there is no readable manifest.
+    no saved index its headers are walked. image_tokenizer_hash: of the tokenizer that should have made them, checked
+    against the manifest if given. Raises UserError if there is no readable manifest.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
+    if image_tokenizer_hash not in (None, manifest.image_tokenizer):
+        yield (
+            f"{folder / FILE_NAME}: was made with image tokenizer {manifest.image_tokenizer[:12]}, not with "
+            f"{image_tokenizer_hash[:12]}"
+        )
     listed = {entry.name for entry in manifest.shards}
     for path in sorted(folder.glob("*.tar")):
         if path.name not in listed:
@@ -104,9 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vilg data lint", description="Check token shards against their manifest.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of token shards with manifest.json")
     parser.add_argument("--fast", action="store_true", help="manifest, sizes and indices only; no hashes, no samples")
+    parser.add_argument("--image-model", type=Path, help="folder of the image tokenizer that should have made them")
     options = parser.parse_args(argv)
+    expected = None
+    if options.image_model is not None:
+        from vilg.tokens.vqgan import ImageTokenizer
+
+        expected = ImageTokenizer.load(options.image_model).hash
     count = 0
-    for fault in lint(options.folder, fast=options.fast):
+    for fault in lint(options.folder, fast=options.fast, image_tokenizer_hash=expected):
         print(fault, flush=True)
         count += 1
     manifest = Manifest.load(options.folder)
