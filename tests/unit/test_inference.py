@@ -89,6 +89,24 @@ def test_cached_generation_draws_the_same_tokens_as_uncached(sampling):
             assert codes[row, candidate].tolist() == uncached_codes(model, prompt, uniforms, sampling).tolist()
 
 
+@pytest.mark.parametrize("changes", [{}, {"row_style": "wrap"}, {"attention": "dense"}], ids=["row", "wrap", "dense"])
+@pytest.mark.parametrize("guidance", [1.0, 2.5], ids=["unguided", "guided"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])
+@torch.inference_mode()
+def test_sixty_candidates_of_a_prompt_are_the_tokens_drawn_without_a_cache(changes, guidance, temperature):
+    """All 60 by teacher forcing: each token is drawn again from the logits of one pass over the whole sequence."""
+    model, sampling = tiny_model(**changes), SamplingConfig(guidance=guidance, temperature=temperature, top_p=0.95)
+    codes = generate_codes(model, SPEC, PROMPTS[:1], num=60, seeds=[7], sampling=sampling)[0]
+    logits = [
+        model(*collate([text_to_image(SPEC, text, code) for code in codes.numpy()]).inputs())[1].float()
+        for text in (PROMPTS[0], [])
+    ]
+    mixed = guided(*logits, guidance)  # [60, N, V]
+    uniforms = torch.from_numpy(np.stack([candidate_uniforms(7, i, SPEC.image_slots) for i in range(60)]))
+    expected = sample_tokens(mixed.flatten(0, 1), uniforms.flatten(), sampling).view_as(codes)
+    assert torch.equal(codes, expected)
+
+
 def test_a_candidate_does_not_depend_on_the_batch_it_is_drawn_in():
     model, sampling = tiny_model(), SamplingConfig(guidance=2.0)
     seeds = [3, 4, 5, 6]
