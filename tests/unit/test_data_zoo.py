@@ -121,7 +121,7 @@ def test_raw_archives(tmp_path, room, spoil, error):
             return len(index_shard(raw / "00007.tar", RAW_FIELDS))
         if room == "ingest":
             return ingest([raw], out)["kept"]
-        return tokenize(raw, out, Averages(), progress=False).num_samples
+        return tokenize(raw, out, Averages()).num_samples
 
     if error is WHOLE:
         assert count() == len(KEYS)
@@ -223,7 +223,7 @@ def test_raw_samples(tmp_path, edit, ingested, tokenized):
     report = ingest([raw], tmp_path / "ingested")
     assert report["dropped"] == ({} if ingested is KEPT else {ingested: 1})
     assert report["seen"] == report["kept"] + sum(report["dropped"].values()) == 4
-    manifest = tokenize(raw, tmp_path / "tokens", Averages(), progress=False)
+    manifest = tokenize(raw, tmp_path / "tokens", Averages())
     rejected = Record.load(record_path(tmp_path / "tokens", "00000.tar")).rejected
     assert [(r.key, r.reason) for r in rejected] == ([] if tokenized is KEPT else [("000000001", tokenized)])
     assert manifest.num_samples + len(rejected) == 4
