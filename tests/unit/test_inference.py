@@ -172,6 +172,8 @@ def test_impossible_sampling_settings_name_the_field_and_what_would_work(bad):
         ("--out {file}", "is a file; name a folder"),
         ("--batch 0", "--batch 0"),
         ("--seed -1", "--seed -1"),
+        ("--num 0", "--num 0: draw at least one"),
+        ("--num 4 --best 5", "--best 5: keep between 1 and --num 4"),
     ],
 )
 def test_options_that_cannot_work_are_named_before_the_model_is_opened(tmp_path, options, message):
