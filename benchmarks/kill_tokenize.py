@@ -2,11 +2,12 @@
 
     python benchmarks/kill_tokenize.py               # 20 kills, about three minutes on two cores
 
-Sixty raw shards of JPEGs (one in 25 damaged) go through the command line. Every start is killed with SIGKILL, its main
-process alone, at a random moment after it has begun to write: in turn after a while, right when a shard has got its name
-(the shard's index and record follow), and right when a shard's temporary file appears. The last start is left to finish.
-Checked: every file of the result (shards, indices, records, job.json, manifest.json) equals the unbroken run's byte for
-byte, and `vilg data lint` finds no fault. Writes benchmarks/results/kill_tokenize.json; exits with 1 if anything differs.
+Raw shards of JPEGs (one in 25 damaged), each image seen in two random crops, go through the command line. Every start is
+killed with SIGKILL, its main process alone, at a random moment after it has begun to write: in turn after a while, right
+when a shard has got its name (the shard's index and record follow), and right when a shard's temporary file appears.
+Starts differ in their number of processes and of decoding threads; the last one is left to finish. Checked: every file of
+the result (shards, indices, records, job.json, manifest.json) equals the unbroken run's byte for byte, and `vilg data
+lint` finds no fault. Writes benchmarks/results/kill_tokenize.json; exits with 1 if anything differs.
 """
 
 import argparse
@@ -32,8 +33,10 @@ from vilg.data.writer import ShardWriter
 from vilg.tokens.vqgan import ImageTokenizer, ImageTokenizerConfig
 
 RESULT = Path(__file__).parent / "results" / "kill_tokenize.json"
-SHARDS, SAMPLES, SIDE = 60, 40, 384
+SHARDS, SAMPLES, SIDE = 200, 40, 384
 DAMAGED_EVERY = 25
+STARTS = (("--processes", "1"), ("--processes", "2"), ("--processes", "1", "--threads", "0"))  # in turn
+RECIPE = ("--batch-size", "16", "--max-bad-fraction", "0.1", "--views", "2", "--least-crop", "0.8")
 KINDS = ("time", "shard", "temporary")
 LONGEST_WAIT = 120.0  # seconds for a start to begin its work
 
@@ -67,7 +70,7 @@ def make_tokenizer(folder: Path) -> Path:
 def start(raw: Path, tokenizer: Path, out: Path, console: Path, *options: str) -> subprocess.Popen:
     """A start of the command line."""
     command = [sys.executable, "-m", "vilg", "data", "tokenize", str(raw), "--image-model", str(tokenizer)]
-    command += ["--out", str(out), "--batch-size", "16", "--max-bad-fraction", "0.1", *options]
+    command += ["--out", str(out), *RECIPE, *options]
     with open(console, "a") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -85,8 +88,8 @@ def state(out: Path) -> tuple[int, int]:
 
 def wait_for_moment(kind: str, out: Path, process: subprocess.Popen, draw: random.Random) -> None:
     """Return at a random moment of the kind, or when the process has ended."""
-    began, working, first, delay = time.monotonic(), None, state(out), draw.uniform(0.0, 1.5)
-    shards = draw.randint(1, 3)
+    began, working, first, delay = time.monotonic(), None, state(out), draw.uniform(0.0, 1.0)
+    shards = draw.randint(1, 2)
     while process.poll() is None and time.monotonic() < began + LONGEST_WAIT:
         now, found = time.monotonic(), state(out)
         if working is None and found != first:
@@ -123,14 +126,16 @@ def main() -> int:
         moments = []
         while len(moments) < options.kills:
             kind = KINDS[len(moments) % len(KINDS)]
-            process = start(raw, tokenizer, killed, console)
+            how = STARTS[len(moments) // len(KINDS) % len(STARTS)]
+            process = start(raw, tokenizer, killed, console, *how)
             wait_for_moment(kind, killed, process, draw)
             process.send_signal(signal.SIGKILL)
             if process.wait() != -signal.SIGKILL:
                 raise RuntimeError(f"a start was not there to be killed: {console.read_text()[-3000:]}")
             records = len(list((killed / "records").glob("*.json")))
             shards, temporary = state(killed)
-            moments.append({"kind": kind, "records": records, "shards": shards, "temporary_shards": temporary})
+            seen = {"records": records, "shards": shards, "temporary_shards": temporary}
+            moments.append({"kind": kind, "start": " ".join(how), **seen})
             print(f"kill {len(moments)}: {moments[-1]}", flush=True)
         finish(start(raw, tokenizer, killed, console), console)
         one, other = published(unbroken), published(killed)

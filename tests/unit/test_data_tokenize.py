@@ -1,22 +1,30 @@
 """Tokenising: right codes, the same bytes again and after any interruption, bad images counted and bounded."""
 
+import dataclasses
+import io
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.unit.data_support import Averages, make_raw, picture
+from vilg.data.encode import Recipe
 from vilg.data.loader import TokenDataset
 from vilg.data.manifest import Manifest
 from vilg.data.records import Record
+from vilg.data.shards import ShardReader
 from vilg.data.tokenize import main, tokenize
 from vilg.errors import UserError
 from vilg.tokens.vqgan.images import decode_image, to_float
 
 
 def run(raw: Path, out: Path, encoder: Averages | None = None, **options) -> Manifest:
-    return tokenize(raw, out, encoder or Averages(), **{"batch_size": 4, "progress": False, **options})
+    ours = {field.name for field in dataclasses.fields(Recipe)} & options.keys()
+    recipe = Recipe(**{"image_size": 8, "batch_size": 4, **{name: options.pop(name) for name in ours}})
+    return tokenize(raw, out, encoder or Averages(), recipe=recipe, **options)
 
 
 def published(out: Path) -> dict[str, bytes]:
@@ -99,7 +107,7 @@ def test_killed_between_shard_and_record_the_shard_is_made_again(tmp_path, monke
         raise Killed
 
     with monkeypatch.context() as patch:
-        target = "vilg.data.tokenize.Record.save" if moment == "save" else "vilg.data.writer.os.replace"
+        target = "vilg.data.records.Record.save" if moment == "save" else "vilg.data.writer.os.replace"
         patch.setattr(target, die)
         with pytest.raises(Killed):
             run(raw, tmp_path / "out")
@@ -190,3 +198,72 @@ def test_no_shards_and_a_damaged_raw_shard_are_clear_errors(tmp_path):
     shard.write_bytes(shard.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"00001\.tar: byte \d+ "):
         run(raw, tmp_path / "out")
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+def test_threads_views_and_neighbouring_shards_change_no_byte(tmp_path, threads):
+    def edit(n, fields):
+        return fields | {"png": b"broken" if n % 9 == 4 else picture(n, size=(24, 16), format="JPEG")}
+
+    whole, alone = make_raw(tmp_path / "raw", [9, 1, 6, 4, 1, 1, 1, 5], edit), tmp_path / "alone"
+    options = {"views": 2, "least_crop": 0.6, "max_bad_fraction": 0.5}
+    run(whole, tmp_path / "out", threads=threads, **options)
+    alone.mkdir()
+    (whole / "00002.tar").rename(alone / "00002.tar")
+    run(alone, tmp_path / "one", threads=0, **options)
+    assert (tmp_path / "one" / "00002.tar").read_bytes() == (tmp_path / "out" / "00002.tar").read_bytes()
+
+
+def test_views_are_random_crops_drawn_by_seed_key_and_view(tmp_path):
+    def coarse(number: int) -> bytes:
+        file = io.BytesIO()
+        with Image.open(io.BytesIO(picture(number, size=(6, 4)))) as image:
+            image.resize((96, 64)).save(file, "PNG")
+        return file.getvalue()
+
+    raw = make_raw(tmp_path / "raw", [6], lambda n, f: f | {"png": coarse(n)})
+
+    def views(out: str, **options) -> dict[str, bytes]:
+        run(raw, tmp_path / out, least_crop=0.5, image_size=16, **options)
+        dataset = TokenDataset.open(tmp_path / out)
+        with ShardReader(tmp_path / out / "00000.tar", dataset.shard_index(0)) as reader:
+            return {reader.key(i): dataset.read(i)[0].tobytes() for i in range(dataset.num_samples)}
+
+    two, three = views("two", views=2), views("three", views=3)
+    assert len(two) == 12 and list(two)[:7] == [*(f"00000000{n}-0" for n in range(6)), "000000000-1"]
+    assert all(three[key] == codes for key, codes in two.items())  # another number of views changes none
+    assert len(set(three.values())) == 18
+    assert list(views("one", views=1).values()) == [two[f"00000000{n}-0"] for n in range(6)]
+    assert not set(views("seed", views=2, seed=1).values()) & set(two.values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"views": 2}, "would all be the same middle of the image; add --least-crop 0.8"),
+        ({"least_crop": 0.2}, "--least-crop 0.2 is not from 0.5 to 1"),
+        ({"views": 0}, "must be at least 1"),
+    ],
+)
+def test_unfit_views_are_clear_errors(options, message):
+    with pytest.raises(UserError, match=message):
+        Recipe(8, 4, **options)
+
+
+def test_a_batch_is_decoded_while_another_one_is_encoded(tmp_path, monkeypatch):
+    """The encoder waits for the next shard's first picture, which a job that does one after the other never begins."""
+    begun = threading.Semaphore(0)
+
+    class Waits(Averages):
+        def encode(self, images):
+            if self.calls == 0:  # four pictures are in this batch
+                assert all(begun.acquire(timeout=20) for _ in range(5)), "nothing is decoded ahead"
+            return super().encode(images)
+
+    def decoded(*arguments, **options):
+        begun.release()
+        return decode_image(*arguments, **options)
+
+    raw = make_raw(tmp_path / "raw", [4, 4, 4, 4])
+    monkeypatch.setattr("vilg.data.encode.decode_image", decoded)
+    run(raw, tmp_path / "out", Waits(), threads=2)

@@ -1,5 +1,6 @@
 """Pictures in and out, and where training takes its images from."""
 
+import io
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from tests.vqgan_support import SMALL, encoded, pictures, small_recipe, write_shards
 from vilg.errors import UserError
-from vilg.tokens.vqgan.images import BadImage, decode_image, to_float, to_uint8, write_sheet
+from vilg.tokens.vqgan.images import BadImage, Crop, decode_image, to_float, to_uint8, write_sheet
 from vilg.tokens.vqgan.source import ImageData, data_fingerprint
 
 
@@ -159,3 +160,19 @@ def test_too_few_images_are_refused(tmp_path):
 def test_the_fingerprint_tells_data_apart(shards, tmp_path):
     assert data_fingerprint(shards) == data_fingerprint(shards)
     assert data_fingerprint(shards) != data_fingerprint(write_shards(tmp_path, pictures(60)))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_crop_is_that_square_of_the_upright_image(turned):
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:20, :40], pixels[:20, 40:], pixels[20:, :40], pixels[20:, 40:] = 10, 80, 150, 220
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    exif = Image.Exif()
+    if turned:
+        image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6  # a reader has to turn it back
+    image.save(file, "PNG", exif=exif)
+    corners = itertools.product((0, 1), (0, 1))
+    seen = {(x, y): np.median(decode_image(file.getvalue(), 8, crop=Crop(0.5, x, y))) for x, y in corners}
+    assert seen == {(0, 0): 10, (1, 0): 80, (0, 1): 150, (1, 1): 220}
+    middle = decode_image(file.getvalue(), 8, crop=Crop(1.0, 0.5, 0.5))
+    np.testing.assert_array_equal(middle, decode_image(file.getvalue(), 8))

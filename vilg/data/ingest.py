@@ -17,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 from vilg.config import IngestRecipe, load_ingest_recipe, take_overrides
+from vilg.data.children import end_with_parent
 from vilg.data.filters.examine import Verdict, examine
 from vilg.data.filters.similarity import Scorer
 from vilg.data.filters.together import Judge
@@ -112,7 +113,8 @@ def _examined(pairs: Iterable[Found], recipe: IngestRecipe, workers: int) -> Ite
             yield from zip(chunk, examine(recipe, chunk), strict=True)
         return
     # Not forked: torch may have threads by now.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         waiting: deque[tuple[list[Found], Future]] = deque()
         for chunk in chunks:
             waiting.append((chunk, pool.submit(examine, recipe, chunk)))

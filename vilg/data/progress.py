@@ -20,10 +20,10 @@ class Progress:
         self._job, self._total, self._done, self._skipped = job, total, 0, 0
         self._begin = self._last_line = time.monotonic()
 
-    def image_done(self) -> None:
-        """Count an image; a line is written when one is due."""
-        self._done += 1
-        self._bar.update()
+    def image_done(self, images: int = 1) -> None:
+        """Count images; a line is written when one is due."""
+        self._done += images
+        self._bar.update(images)
         now = time.monotonic()
         if self._lines and now - self._last_line > _LINE_SECONDS:
             self._last_line = now

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vilg.data.manifest import FILE_NAME, ShardEntry, read_json, write_json
-from vilg.data.shards import ShardIndex
+from vilg.data.shards import fingerprint
+from vilg.data.tar import ByteSource
 from vilg.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ def record_path(out: Path, shard_name: str) -> Path:
     return out / "records" / f"{shard_name}.json"
 
 
-def finished(out: Path, shard: Path, index: ShardIndex) -> Record | None:
+def finished(out: Path, shard: Path) -> Record | None:
     """The record of a shard that an earlier start finished; UserError if its raw shard has changed since."""
     path = record_path(out, shard.name)
     if not path.exists():
         return None
     record = Record.load(path)
-    if record.source != index.fingerprint:
+    with ByteSource(shard) as source:
+        found = fingerprint(source)
+    if record.source != found:
         raise UserError(f"{shard} has changed since {out / shard.name} was made from it; use another --out")
     token_shard = out / shard.name
     whole = token_shard.exists() and token_shard.stat().st_size == record.entry.bytes

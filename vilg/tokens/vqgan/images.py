@@ -6,6 +6,7 @@ Shapes: B batch, S side in pixels. Stored images are uint8 [S, S, 3] RGB, the ne
 
 import io
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,23 +26,38 @@ class BadImage(ValueError):
     """Bytes that are no readable image."""
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Crop:
+    """A square of an image. share: of the shorter side, at least 0.5; x, y: place, 0 left or top, 1 right or bottom."""
+
+    share: float
+    x: float
+    y: float
+
+    def box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in pixels of an image of that size."""
+        side = self.share * min(width, height)
+        left, top = self.x * (width - side), self.y * (height - side)
+        return left, top, min(left + side, width), min(top + side, height)
+
+
+def decode_image(data: bytes, size: int, *, crop: Crop | None = None) -> np.ndarray:
     """JPEG, PNG or WebP -> uint8 [size, size, 3].
 
     Turned as its EXIF data say, transparency laid on white, scaled (bicubic) until the shorter side is `size`, the
-    middle cut out. An image of that size comes out unchanged. Raises BadImage for damaged, empty, huge (decompression
-    bomb) or other content.
+    middle cut out; with `crop`, that square of it is scaled instead. An image of that size comes out unchanged without
+    one. Raises BadImage for damaged, empty, huge (decompression bomb) or other content.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                return prepare_image(image, size)
+                return prepare_image(image, size, crop=crop)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(f"not a readable JPEG, PNG or WebP image of at least one pixel: {error}") from error
 
 
-def prepare_image(image: Image.Image, size: int) -> np.ndarray:
+def prepare_image(image: Image.Image, size: int, *, crop: Crop | None = None) -> np.ndarray:
     """The same for an opened picture -> uint8 [size, size, 3]."""
     image.draft("RGB", (2 * size, 2 * size))  # JPEG alone: decode at a fraction of the size where that suffices
     image = ImageOps.exif_transpose(image)
@@ -51,7 +67,9 @@ def prepare_image(image: Image.Image, size: int) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*_BACKGROUND, 255)), image)
     image = image.convert("RGB")
-    if image.size != (size, size):
+    if crop is not None:
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=crop.box(*image.size))
+    elif image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return np.array(image)
 
