@@ -39,6 +39,7 @@ from vilg.checkpoint.huggingface.modeling_vilg import VilgConfig, VilgForCausalL
 from vilg.checkpoint.state import source_commit, versions
 from vilg.config.schema import ModelConfig
 from vilg.inference import generate
+from vilg.inference.cache import Reads, as_reads
 from vilg.inference.sampling import SamplingConfig
 from vilg.model.vilg import Vilg
 from vilg.tokens.sequence import SequenceSpec
@@ -47,10 +48,10 @@ SAMPLING = SamplingConfig(temperature=1.0)
 PROMPT = list(range(4, 16))
 
 
-def dense_reads(pattern: str, grid: tuple[int, int], conv_size: int) -> tuple[int, tuple[torch.Tensor, ...]]:
+def dense_reads(pattern: str, grid: tuple[int, int], conv_size: int) -> tuple[int, tuple[Reads, ...]]:
     """As `ring_reads`, with an entry for every slot."""
     slots = range(grid[0] * grid[1])
-    return len(slots), tuple(torch.tensor(visible_image_slots(pattern, grid, s, conv_size=conv_size)) for s in slots)
+    return len(slots), tuple(as_reads(visible_image_slots(pattern, grid, s, conv_size=conv_size)) for s in slots)
 
 
 def our_bytes(model: Vilg, spec: SequenceSpec, num: int) -> int:

@@ -14,10 +14,11 @@ from torch import Tensor
 from kernels.patterns import cache_capacity, visible_image_slots
 
 KeyValue = tuple[Tensor, Tensor]
+Reads = slice | Tensor  # entries of a ring: evenly spaced ones are a view, others (int64 [n]) are gathered
 
 
 @lru_cache(maxsize=None)
-def ring_reads(pattern: str, grid: tuple[int, int], conv_size: int) -> tuple[int, tuple[Tensor, ...]]:
+def ring_reads(pattern: str, grid: tuple[int, int], conv_size: int) -> tuple[int, tuple[Reads, ...]]:
     """Ring capacity of an image layer, and for each slot the ring entries it reads.
 
     Both follow from the one definition of the pattern: slot n lives in entry n mod C until no later slot reads it.
@@ -25,8 +26,18 @@ def ring_reads(pattern: str, grid: tuple[int, int], conv_size: int) -> tuple[int
     capacity = cache_capacity(pattern, grid, conv_size=conv_size)
     slots = range(grid[0] * grid[1])
     return capacity, tuple(
-        torch.tensor(visible_image_slots(pattern, grid, slot, conv_size=conv_size)) % capacity for slot in slots
+        as_reads([read % capacity for read in visible_image_slots(pattern, grid, slot, conv_size=conv_size)])
+        for slot in slots
     )
+
+
+def as_reads(entries: Sequence[int]) -> Reads:
+    """The same entries, in any order: softmax and sum do not ask for it."""
+    ordered = sorted(entries)
+    steps = {later - earlier for earlier, later in zip(ordered, ordered[1:], strict=False)} or {1}
+    if len(steps) > 1:
+        return torch.tensor(ordered)
+    return slice(ordered[0], ordered[-1] + 1, steps.pop())
 
 
 class DecodeCache:
@@ -55,13 +66,15 @@ class DecodeCache:
         """Bytes held by keys and values."""
         return sum(t.numel() * t.element_size() for pair in [*self.source, *self.rings] for t in pair)
 
-    def attend(self, layer: int, write: int, reads: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, write: int, reads: Reads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one new slot in ring entry `write` and attend to the source and the entries `reads`.
 
-        q, k, v: [R, H, 1, D], reads: int64 [n] (must contain `write`). Returns [R, H, 1, D]; softmax in float32 over
+        q, k, v: [R, H, 1, D], reads: n entries, `write` among them. Returns [R, H, 1, D]; softmax in float32 over
         source and ring together.
         """
         ring_keys, ring_values = self.rings[layer]
+        if isinstance(reads, Tensor):
+            reads = reads.to(ring_keys.device)
         ring_keys[:, :, write] = k[:, :, 0]
         ring_values[:, :, write] = v[:, :, 0]
         keys, values = ring_keys[:, :, reads], ring_values[:, :, reads]  # [R, H, n, D]

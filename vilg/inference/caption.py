@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import sparse_attention
 from vilg.errors import UserError
-from vilg.inference.cache import DecodeCache, KeyValue
+from vilg.inference.cache import DecodeCache, KeyValue, Reads
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, sample_tokens
 from vilg.model.vilg import Vilg
 from vilg.parallel.ops import gather_last
@@ -78,12 +78,12 @@ class TextDecoder:
         slots = torch.tensor([slot], device=self.device)
         is_target = torch.ones(len(tokens), 1, dtype=torch.bool, device=self.device)
         hidden = self.embed.text(tokens[:, None], slots, is_target)
-        reads = torch.arange(slot + 1, device=self.device)
+        reads = slice(slot + 1)
         for layer, block in enumerate(self.blocks):
             hidden = block(hidden, partial(self._attend, layer, slot, reads))
         return gather_last(self.heads.text(hidden), self.tensor_group)[:, 0].float()
 
-    def _attend(self, layer: int, slot: int, reads: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: str) -> Tensor:
+    def _attend(self, layer: int, slot: int, reads: Reads, q: Tensor, k: Tensor, v: Tensor, pattern: str) -> Tensor:
         return self.cache.attend(layer, slot, reads, q, k, v)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilg.inference.cache import DecodeCache, KeyValue, ring_reads
+from vilg.inference.cache import DecodeCache, KeyValue, Reads, ring_reads
 from vilg.inference.load import Bundle
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, guided, sample_tokens
 from vilg.model.vilg import Vilg
@@ -63,10 +63,10 @@ class ImageDecoder:
         hidden = self.embed.image(codes[:, None], slots, torch.ones_like(codes, dtype=torch.bool))
         for layer, block in enumerate(self.blocks):
             capacity, reads = self.rings[layer]
-            hidden = block(hidden, partial(self._attend, layer, slot % capacity, reads[slot].to(self.device)))
+            hidden = block(hidden, partial(self._attend, layer, slot % capacity, reads[slot]))
         return gather_last(self.heads.image(hidden), self.tensor_group)[:, 0].float()
 
-    def _attend(self, layer: int, write: int, reads: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: str) -> Tensor:
+    def _attend(self, layer: int, write: int, reads: Reads, q: Tensor, k: Tensor, v: Tensor, pattern: str) -> Tensor:
         return self.cache.attend(layer, write, reads, q, k, v)
 
 
