@@ -8,9 +8,6 @@ dropout depend on (seed, purpose, g) only, so ranks, workers, micro-batches and 
 
 import json
 import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vilg.config.schema import DataConfig
 from vilg.data.blend import Blend, open_data
+from vilg.data.children import tie_to_parent
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
 from vilg.data.patience import PatientBuilder
 from vilg.data.steps import StepBuilder, StepData, TextEncoder
@@ -213,20 +211,11 @@ class _Starts:
 
 
 def _start_worker(_worker: int) -> None:
-    """Tie a worker's life to the trainer's and to nothing else.
+    """Torch's own watchdog looks at the fork server, which lives as long as its workers do: ours watch the trainer.
 
-    Ctrl-C and SLURM's TERM reach every process of a job; the trainer decides when to stop and then ends its workers,
-    which otherwise would be gone before the last step and its checkpoint. A trainer killed outright cannot end them,
-    and torch's own watchdog looks at the fork server, which lives as long as they do: ours watch the trainer.
+    Signals to all of a job must not end them: the trainer needs them for its last step before the checkpoint.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
-
-
-def _end_with_the_trainer() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    tie_to_parent()
 
 
 def _same(item: StepData) -> StepData:
