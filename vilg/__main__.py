@@ -47,8 +47,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "3. Export and use": (
         Command("export", "vilg.checkpoint.export:main", "turn a checkpoint into one folder of safetensors"),
-        Command("generate", "vilg.inference.commands:generate_main", "draw pictures for prompts"),
-        Command("caption", "vilg.inference.commands:caption_main", "write captions for pictures"),
+        Command("generate", "vilg.inference.draw_command:generate_main", "draw pictures for prompts"),
+        Command("caption", "vilg.inference.write_command:caption_main", "write captions for pictures"),
+        Command("answer", "vilg.inference.write_command:answer_main", "answer questions about pictures"),
         Command("eval caption", "vilg.evaluate.captions:main", "BLEU, METEOR, ROUGE-L, CIDEr of captions"),
         Command("eval fid", "vilg.evaluate.fid:main", "FID and Inception Score of pictures, rFID of an image tokenizer"),
         Command("eval vqa", "vilg.evaluate.vqa:main", "exact match of answers to questions about pictures"),

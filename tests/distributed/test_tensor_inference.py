@@ -5,9 +5,9 @@ import torch
 
 from tests.distributed.helpers import run_distributed
 from tests.model_support import SPEC, tiny_config, tiny_model
-from vilg.inference.caption import TextDecoder
 from vilg.inference.generate import generate_codes
 from vilg.inference.sampling import SamplingConfig
+from vilg.inference.text_decoder import TextDecoder
 from vilg.parallel.grid import Grid
 
 PROMPTS = [[5, 6, 7], [8]]

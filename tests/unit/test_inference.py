@@ -6,11 +6,11 @@ import torch
 
 from vilg.config.schema import ModelConfig
 from vilg.errors import UserError
-from vilg.inference.caption import TextDecoder
-from vilg.inference.commands import generate_main
+from vilg.inference.draw_command import generate_main
 from vilg.inference.generate import ImageDecoder, generate_codes
 from vilg.inference.rerank import text_log_likelihood
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, guided, sample_tokens
+from vilg.inference.text_decoder import TextDecoder
 from vilg.model.vilg import Vilg
 from vilg.tokens.sequence import SequenceSpec, collate, image_to_text, text_to_image
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from tests.export_support import SHARD, write_export
 from vilg.errors import UserError
-from vilg.inference.commands import caption_main, generate_main
+from vilg.inference.draw_command import generate_main
 from vilg.inference.load import load_model
+from vilg.inference.write_command import caption_main
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ from vilg.demo.scores import SceneMatcher, scene_scores
 from vilg.errors import UserError
 from vilg.evaluate.likelihood import image_nll
 from vilg.inference.caption import caption_codes
-from vilg.inference.commands import check_device, rerank_scores
 from vilg.inference.generate import draw_images
 from vilg.inference.load import Bundle, load_model
+from vilg.inference.options import check_device
+from vilg.inference.rerank import rerank_scores
 from vilg.tokens.files import write_atomically
 
 EVALUATED_SPLITS = ("seen", "held_out")

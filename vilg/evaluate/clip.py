@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vilg.data.filters.similarity import ClipScorer, Scorer
 from vilg.errors import UserError
 from vilg.evaluate.fid import read_batches
-from vilg.inference.commands import check_device
+from vilg.inference.options import check_device
 from vilg.tokens.files import write_atomically
 
 FORMAT_VERSION = 1

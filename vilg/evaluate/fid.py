@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vilg.errors import UserError
 from vilg.evaluate.frechet import FeatureMoments, Gaussian, frechet_distance, inception_score
 from vilg.evaluate.inception import RESIZES, Inception
-from vilg.inference.commands import check_device
+from vilg.inference.options import check_device
 from vilg.inference.load import load_model
 from vilg.tokens.files import write_atomically
 from vilg.tokens.vqgan.images import IMAGE_SUFFIXES, BadImage, decode_image

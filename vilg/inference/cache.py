@@ -66,6 +66,12 @@ class DecodeCache:
         """Bytes held by keys and values."""
         return sum(t.numel() * t.element_size() for pair in [*self.source, *self.rings] for t in pair)
 
+    def reorder(self, rows: Tensor, count: int) -> None:
+        """Row r goes on with the ring of row rows[r] (int64 [R], of the same prompt), whose first `count` entries are
+        written."""
+        for ring in (tensor for pair in self.rings for tensor in pair):
+            ring[:, :, :count] = ring[rows, :, :count]
+
     def attend(self, layer: int, write: int, reads: Reads, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one new slot in ring entry `write` and attend to the source and the entries `reads`.
 

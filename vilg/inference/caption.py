@@ -1,23 +1,21 @@
-"""Image -> text: cached decoding of captions and answers.
+"""Image -> text: captions of pictures, and answers to questions about them.
 
-Shapes: I images, T text slots, N image slots, V text vocabulary.
+Shapes: I pictures, N image slots, V text vocabulary.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import sparse_attention
 from vilg.errors import UserError
-from vilg.inference.cache import DecodeCache, KeyValue, Reads
+from vilg.inference.beams import beam_search
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, sample_tokens
+from vilg.inference.text_decoder import TextDecoder
 from vilg.model.vilg import Vilg
-from vilg.parallel.ops import gather_last
 from vilg.tokens.sequence import BEGIN_OF_TEXT, END_OF_TEXT, PAD, UNKNOWN, SequenceSpec
 from vilg.tokens.text import TextTokenizer
 
@@ -44,50 +42,6 @@ def allowed_tokens(text: TextTokenizer, language: Language | None) -> Tensor:
     return allowed
 
 
-class TextDecoder:
-    """Writes text slots under images; the images are read once, and by layer pattern, in both directions."""
-
-    def __init__(self, model: Vilg, spec: SequenceSpec, codes: Tensor) -> None:
-        self.embed, self.blocks, self.heads = model.embed, model.blocks, model.heads
-        self.tensor_group = model.grid.tensor_group
-        self.device = codes.device
-        source = self._read_images(model, spec, codes)
-        visible = torch.ones(codes.shape, dtype=torch.bool, device=self.device)
-        capacities = [spec.text_slots] * len(self.blocks)
-        self.cache = DecodeCache(source, visible, candidates=1, capacities=capacities)
-
-    def _read_images(self, model: Vilg, spec: SequenceSpec, codes: Tensor) -> list[KeyValue]:
-        nobody = torch.zeros(codes.shape[0], dtype=torch.int32, device=self.device)
-        source: list[KeyValue] = []
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, pattern: str) -> Tensor:
-            source.append((k, v))
-            return sparse_attention(
-                q, k, v, grid=spec.grid, pattern=pattern, conv_size=model.config.conv_size,
-                text_len=nobody, text_prefix=nobody, image_is_target=nobody,
-            )  # fmt: skip
-
-        slots = torch.arange(spec.image_slots, device=self.device)
-        hidden = self.embed.image(codes, slots, nobody.bool())
-        for block in self.blocks:
-            hidden = block(hidden, attend)
-        return source
-
-    def step(self, slot: int, tokens: Tensor) -> Tensor:
-        """Feed tokens int64 [I] into text slot `slot`; logits fp32 [I, V] of what follows."""
-        slots = torch.tensor([slot], device=self.device)
-        is_target = torch.ones(len(tokens), 1, dtype=torch.bool, device=self.device)
-        hidden = self.embed.text(tokens[:, None], slots, is_target)
-        reads = slice(slot + 1)
-        for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, partial(self._attend, layer, slot, reads))
-        return gather_last(self.heads.text(hidden), self.tensor_group)[:, 0].float()
-
-    def _attend(self, layer: int, slot: int, reads: Reads, q: Tensor, k: Tensor, v: Tensor, pattern: str) -> Tensor:
-        return self.cache.attend(layer, slot, reads, q, k, v)
-
-
-@torch.inference_mode()
 def caption_codes(
     model: Vilg,
     spec: SequenceSpec,
@@ -96,46 +50,91 @@ def caption_codes(
     *,
     language: Language | None = None,
     sampling: SamplingConfig = GREEDY,
+    beams: int = 1,
+    length_penalty: float = 1.0,
     seed: int = 0,
     batch: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One caption for each picture.
+    """One caption for each picture: `answer_codes` without a question."""
+    nothing: list[list[int]] = [[] for _ in range(len(codes))]
+    return answer_codes(
+        model, spec, text, codes, nothing,
+        language=language, sampling=sampling, beams=beams, length_penalty=length_penalty,
+        seed=seed, batch=batch, progress=progress,
+    )  # fmt: skip
 
-    codes: int64 [I, N]; language: restrict the script, None leaves it to the model; image i's random stream depends on
-    (seed, i) only. A caption ends with its end token or when the segment is full. Raises UserError for guidance, which
-    captioning does not have.
+
+@torch.inference_mode()
+def answer_codes(
+    model: Vilg,
+    spec: SequenceSpec,
+    text: TextTokenizer,
+    codes: Tensor,
+    questions: Sequence[Sequence[int]],
+    *,
+    language: Language | None = None,
+    sampling: SamplingConfig = GREEDY,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    seed: int = 0,
+    batch: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """What the model writes behind question i about picture i, for each i.
+
+    codes: int64 [I, N]; questions: I lists of token ids (`Bundle.encode_question`), at most T - 2 each. language:
+    restrict the script, None leaves it to the model. beams: above 1, beam search (`beams.py`) in place of sampling.
+    batch: rows decoded together, a picture's beams counted. Picture i's random stream depends on (seed, i) only. A text
+    ends with its end token or when the segment is full. progress: called with the number of texts finished. Raises
+    UserError for guidance, which writing does not have, and for settings that contradict each other.
     """
-    if sampling.guidance != 1:
-        raise UserError(f"guidance={sampling.guidance}: captions are drawn without guidance; leave it at 1")
+    check_writing(sampling, beams=beams, length_penalty=length_penalty)
     device = next(model.parameters()).device
     allowed = torch.zeros(spec.text_vocab_size, dtype=torch.bool)
     allowed[: text.vocab_size] = allowed_tokens(text, language)
     forbidden = ~allowed.to(device)
-    captions: list[str] = []
-    for start in range(0, len(codes), batch):
-        part = codes[start : start + batch].to(device)
-        uniforms = np.stack([candidate_uniforms(seed, start + i, spec.text_slots) for i in range(len(part))])
-        decoder = TextDecoder(model, spec, part)
-        ids = _decode_batch(decoder, spec, torch.from_numpy(uniforms).to(device), forbidden, sampling)
-        captions.extend(text.decode(row) for row in ids)
+    written: list[str] = []
+    at_once = max(1, batch // beams)
+    for start in range(0, len(codes), at_once):
+        part = codes[start : start + at_once].to(device)
+        decoder = TextDecoder(model, spec, part, questions[start : start + at_once], candidates=beams)
+        if beams > 1:
+            ids = beam_search(decoder, forbidden, beams=beams, length_penalty=length_penalty)
+        else:
+            uniforms = np.stack([candidate_uniforms(seed, start + i, spec.text_slots) for i in range(len(part))])
+            ids = _decode_batch(decoder, torch.from_numpy(uniforms).to(device), forbidden, sampling)
+        written.extend(text.decode(row) for row in ids)
         if progress:
             progress(len(part))
-    return captions
+    return written
+
+
+def check_writing(sampling: SamplingConfig, *, beams: int, length_penalty: float) -> None:
+    """Raise UserError unless texts can be written so."""
+    if sampling.guidance != 1:
+        raise UserError(f"guidance={sampling.guidance}: texts are written without guidance; leave it at 1")
+    if beams < 1:
+        raise UserError(f"beams={beams}: must be at least 1; 1 is no beam search")
+    if not 0 <= length_penalty < float("inf"):
+        raise UserError(f"length_penalty={length_penalty}: must be at least 0; 0 compares plain probabilities")
+    if beams > 1 and sampling != GREEDY:
+        raise UserError(f"beams={beams} and temperature={sampling.temperature}: beam search does not sample; choose one")
 
 
 def _decode_batch(
-    decoder: TextDecoder, spec: SequenceSpec, uniforms: Tensor, forbidden: Tensor, sampling: SamplingConfig
+    decoder: TextDecoder, uniforms: Tensor, forbidden: Tensor, sampling: SamplingConfig
 ) -> list[list[int]]:
+    """Token ids of each row, without the end token; uniforms [I, T]."""
     tokens = torch.full((len(uniforms),), BEGIN_OF_TEXT, device=uniforms.device)
     written: list[Tensor] = []
     ended = torch.zeros_like(tokens, dtype=torch.bool)
-    for slot in range(spec.text_slots):
-        logits = decoder.step(slot, tokens).masked_fill(forbidden, -torch.inf)
-        tokens = sample_tokens(logits, uniforms[:, slot], sampling)
+    for step in range(int(decoder.room.max())):
+        logits = decoder.step(step, tokens).masked_fill(forbidden, -torch.inf)
+        tokens = sample_tokens(logits, uniforms[:, step], sampling)
         written.append(tokens)
-        ended |= tokens == END_OF_TEXT
+        ended |= (tokens == END_OF_TEXT) | (decoder.room == step + 1)
         if bool(ended.all()):
             break
-    rows = torch.stack(written, 1).tolist()
+    rows = [row[:room] for row, room in zip(torch.stack(written, 1).tolist(), decoder.room.tolist(), strict=True)]
     return [row[: row.index(END_OF_TEXT)] if END_OF_TEXT in row else row for row in rows]

@@ -15,7 +15,7 @@ from vilg.inference.load import Bundle
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, guided, sample_tokens
 from vilg.model.vilg import Vilg
 from vilg.parallel.ops import gather_last
-from vilg.tokens.sequence import PAD, SequenceSpec
+from vilg.tokens.sequence import SequenceSpec, pad_texts
 
 
 class ImageDecoder:
@@ -36,11 +36,8 @@ class ImageDecoder:
         )
 
     def _read_text(self, prompts: Sequence[Sequence[int]]) -> tuple[list[KeyValue], Tensor]:
-        width = max(1, max(len(ids) for ids in prompts))
-        text = torch.full((len(prompts), width), PAD)
-        for row, ids in enumerate(prompts):
-            text[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        lengths = torch.tensor([len(ids) for ids in prompts])
+        text, lengths = pad_texts(prompts, least=1)
+        width = text.shape[1]
         visible = (torch.arange(width) < lengths[:, None]).to(self.device)
         # Rows without any visible slot would be NaN; padding reads slot 0, and nobody reads padding.
         mask = visible.clone()
@@ -138,13 +135,14 @@ def draw_images(
     seed: int,
     sampling: SamplingConfig,
     batch_rows: int = 64,
+    truncate: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Pictures for prompts: uint8 [P, num, height, width, 3] and their codes int64 [P, num, N].
 
-    Raises UserError naming a prompt that is empty or does not fit the text segment.
+    Raises UserError naming a prompt that is empty or, without `truncate`, does not fit the text segment.
     """
-    ids = [bundle.encode_prompt(prompt) for prompt in prompts]
+    ids = [bundle.encode_prompt(prompt, truncate=truncate) for prompt in prompts]
     codes = generate_codes(
         bundle.model,
         bundle.spec,

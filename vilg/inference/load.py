@@ -53,16 +53,26 @@ class Bundle:
         """(height, width) of pictures in pixels."""
         return self.spec.grid[0] * self.image.factor, self.spec.grid[1] * self.image.factor
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a prompt. Raises UserError if it is empty or longer than the text segment."""
-        ids = self.text.encode(prompt)
+    def encode_prompt(self, prompt: str, *, truncate: bool = False) -> list[int]:
+        """Token ids of a prompt; with `truncate` the first T of them. Raises UserError if it is empty or longer than
+        the text segment."""
+        return self._encode("prompt", prompt, self.spec.text_slots, truncate, wanted="what the picture should show")
+
+    def encode_question(self, question: str, *, truncate: bool = False) -> list[int]:
+        """Token ids of a question; with `truncate` the first T - 2: the answer begins and has one token or more.
+        Raises UserError as for prompts."""
+        return self._encode("question", question, self.spec.text_slots - 2, truncate, wanted="what to ask")
+
+    def _encode(self, kind: str, text: str, most: int, truncate: bool, *, wanted: str) -> list[int]:
+        ids = self.text.encode(text)
         if not ids:
-            raise UserError(f"prompt {prompt!r} is empty; write what the picture should show")
-        if len(ids) > self.spec.text_slots:
+            raise UserError(f"{kind} {text!r} is empty; write {wanted}")
+        if len(ids) > most and not truncate:
             raise UserError(
-                f"prompt {prompt!r} has {len(ids)} tokens, the text segment {self.spec.text_slots}; shorten it"
+                f"{kind} {text!r} has {len(ids)} tokens, but the text segment has room for {most}; shorten it, or cut "
+                "it with --truncate"
             )
-        return ids
+        return ids[:most]
 
     def prompt_seed(self, prompt: str, seed: int) -> int:
         """Seed of a prompt's candidates: of (seed, prompt) only, so its place in a batch file does not matter."""

@@ -38,9 +38,11 @@ class Embed(nn.Module):
         self.segment = blank((4, hidden), **place)
 
     def text(self, ids: Tensor, slots: Tensor, is_target: Tensor) -> Tensor:
-        """ids int64 [B, t] at text slots int64 [t]; is_target bool or integer [B, t] -> [B, t, C]."""
-        positions = self.text_position if slots.numel() == len(self.text_position) else self.text_position[slots]
-        return scale_gradient(self.text_table(ids), self.gradient) + positions + F.embedding(TEXT_SOURCE + is_target.long(), self.segment)
+        """ids int64 [B, t] at text slots int64 [t] or [B, t]; is_target bool or integer [B, t] -> [B, t, C]."""
+        whole = slots.shape == self.text_position.shape[:1]
+        positions = self.text_position if whole else self.text_position[slots]
+        segment = F.embedding(TEXT_SOURCE + is_target.long(), self.segment)
+        return scale_gradient(self.text_table(ids), self.gradient) + positions + segment
 
     def image(self, ids: Tensor, slots: Tensor, is_target: Tensor) -> Tensor:
         """ids int64 [B, n] at image slots int64 [n], raster order; is_target bool or integer [B] -> [B, n, C]."""

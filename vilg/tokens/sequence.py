@@ -139,6 +139,15 @@ def answer(spec: SequenceSpec, question: Sequence[int], text: Sequence[int], cod
     return Sample(spec, shifted, len(question), False, _flat_codes(spec, codes))
 
 
+def pad_texts(texts: Sequence[Sequence[int]], *, least: int = 0) -> tuple[Tensor, Tensor]:
+    """Source texts for decoding: ids int64 [B, longest or `least`], padded on the right, and lengths int64 [B]."""
+    lengths = torch.tensor([len(ids) for ids in texts])
+    padded = torch.full((len(texts), max(least, int(lengths.max()))), PAD)
+    for row, ids in enumerate(texts):
+        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return padded, lengths
+
+
 def collate(samples: Sequence[Sample]) -> SequenceBatch:
     """Lay out samples of any mix of tasks (at least one, of one spec).
 

@@ -1,0 +1,96 @@
+"""`vilg generate`."""
+
+import argparse
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from vilg.errors import UserError
+from vilg.inference.generate import draw_images
+from vilg.inference.load import load_model
+from vilg.inference.options import parse_options, read_lines
+from vilg.inference.rerank import rerank_scores
+from vilg.inference.sampling import SamplingConfig
+from vilg.pictures.sheet import Cell, Picture, Section, sample_sheet
+from vilg.tokens.files import write_atomically
+
+
+def generate_main(argv: Sequence[str]) -> int:
+    """Text -> image from an export folder: PNGs, a grid and scores.jsonl."""
+    parser = argparse.ArgumentParser(prog="vilg generate", description=generate_main.__doc__)
+    parser.add_argument("--prompt", action="append", default=[], help="what the picture shows; may be given again")
+    parser.add_argument("--prompts", type=Path, help="UTF-8 file with one prompt a line")
+    parser.add_argument("--truncate", action="store_true", help="cut a prompt that does not fit, instead of an error")
+    parser.add_argument("--num", type=int, default=4, help="candidates drawn for each prompt")
+    parser.add_argument("--best", type=int, default=0, help="keep this many by the model's own captioning; 0 keeps all")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
+    parser.add_argument("--out", type=Path, required=True, help="folder for grid.png, pictures and scores.jsonl")
+    args = parse_options(parser, argv, temperature=None)
+    if args.num < 1:
+        raise UserError(f"--num {args.num}: draw at least one candidate")
+    if not 0 <= args.best <= args.num:
+        raise UserError(f"--best {args.best}: keep between 1 and --num {args.num} candidates, or 0 for all")
+    prompts = list(args.prompt)
+    if args.prompts:
+        lines = read_lines(args.prompts, option="--prompts", expected="one prompt a line")
+        prompts += [line for _, line in lines]
+    if not prompts:
+        raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file; name a folder")
+
+    bundle = load_model(args.model, device=args.device)
+    given = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    sampling = replace(bundle.sampling, **{name: value for name, value in given.items() if value is not None})
+    with tqdm(total=len(prompts) * args.num, unit="image", desc="drawing") as bar:
+        images, codes = draw_images(
+            bundle, prompts, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch,
+            truncate=args.truncate, progress=bar.update,
+        )  # fmt: skip
+    scores = rerank_scores(bundle, prompts, codes)
+    _write_pictures(args.out, prompts, images, scores, keep=args.best or args.num, seed=args.seed, sampling=sampling)
+    print(f"{len(prompts)} prompts x {args.best or args.num} of {args.num} candidates -> {args.out / 'grid.png'}")
+    return 0
+
+
+def _write_pictures(
+    out: Path,
+    prompts: Sequence[str],
+    images: np.ndarray,
+    scores: np.ndarray,
+    *,
+    keep: int,
+    seed: int,
+    sampling: SamplingConfig,
+) -> None:
+    """Pictures as NNNN_RR.png (prompt, rank) with their facts as PNG text, one grid, one JSON line a candidate."""
+    lines, cells = [], []
+    for row, prompt in enumerate(prompts):
+        order = np.argsort(-scores[row], kind="stable")
+        for rank, candidate in enumerate(order):
+            kept = rank < keep
+            name = f"{row:04d}_{rank:02d}.png"
+            score = round(float(scores[row, candidate]), 6)
+            facts = {"prompt": prompt, "seed": seed, "candidate": int(candidate), "score": score}
+            lines.append(facts | asdict(sampling) | {"file": name if kept else None})
+            if kept:
+                text = PngInfo()
+                for key, value in (facts | asdict(sampling)).items():
+                    text.add_itxt(key, str(value))
+                content = io.BytesIO()
+                Image.fromarray(images[row, candidate]).save(content, format="PNG", pnginfo=text)
+                write_atomically(out / name, content.getvalue())
+        shown = [Picture(images[row, i], f"{scores[row, i]:.2f}") for i in order[:keep]]
+        cells.append(Cell(shown, [prompt]))
+    columns = max(1, 8 // keep)
+    note = "under each picture: log-probability per prompt token"
+    sample_sheet([Section("", cells, columns=columns, note=note)], out / "grid.png")
+    scores_text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(out / "scores.jsonl", scores_text.encode())

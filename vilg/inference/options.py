@@ -1,0 +1,73 @@
+"""What the commands that open an export folder share: their options, and pictures and texts read from files."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vilg.errors import UserError
+from vilg.inference.load import Bundle
+from vilg.tokens.vqgan.images import BadImage, decode_image
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, argv: Sequence[str], *, temperature: float | None
+) -> argparse.Namespace:
+    """Add the shared options, read argv, check what can be checked before the model is opened. Raises UserError."""
+    parser.add_argument("--model", type=Path, required=True, help="export folder")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random streams")
+    parser.add_argument("--temperature", type=float, default=temperature, help="sampling temperature; 0 is greedy")
+    parser.add_argument("--top-k", type=int, help="tokens kept when sampling; 0 keeps all")
+    parser.add_argument("--top-p", type=float, help="probability mass kept when sampling; 1 keeps all")
+    parser.add_argument("--batch", type=int, default=64, help="rows decoded together")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}: decode at least one row at a time")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be 0 or more")
+    check_device(args.device)
+    return args
+
+
+def check_device(name: str) -> None:
+    """Raise UserError unless torch can compute on `--device name` here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a GPU that is not there, or torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({reason}); use cpu, or cuda with a GPU") from None
+
+
+def read_lines(path: Path, *, option: str, expected: str) -> list[tuple[int, str]]:
+    """Lines of a UTF-8 file that are not blank, stripped, with their numbers from 1. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {path}: {error}; expected a UTF-8 file with {expected}") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """uint8 [size, size, 3] (`decode_image`). Raises UserError naming the file."""
+    try:
+        return decode_image(path.read_bytes(), size)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except BadImage as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def encode_files(bundle: Bundle, paths: Sequence[Path], *, batch: int) -> Tensor:
+    """Codes int64 [I, N] of picture files, `batch` of them in memory at once. Raises UserError naming a bad one."""
+    parts = []
+    with tqdm(total=len(paths), unit="image", desc="reading") as bar:
+        for start in range(0, len(paths), batch):
+            pictures = [read_image(path, bundle.image_size[0]) for path in paths[start : start + batch]]
+            parts.append(bundle.encode_images(np.stack(pictures)))
+            bar.update(len(pictures))
+    return torch.cat(parts)
