@@ -7,7 +7,8 @@ import torch
 from vilg.config.schema import ModelConfig
 from vilg.errors import UserError
 from vilg.inference.draw_command import generate_main
-from vilg.inference.generate import ImageDecoder, generate_codes
+from vilg.inference.generate import generate_codes
+from vilg.inference.image_decoder import ImageDecoder
 from vilg.inference.rerank import text_log_likelihood
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, guided, sample_tokens
 from vilg.inference.text_decoder import TextDecoder

@@ -18,7 +18,9 @@ from vilg.tokens.sequence import BEGIN_OF_TEXT, END_OF_TEXT, PAD, SequenceSpec, 
 
 SPEC = SequenceSpec(text_slots=7, grid=(3, 4), text_vocab_size=24, image_vocab_size=16)
 QUESTIONS = [[5, 6, 7], [], [8], [9, 4, 5, 6, 7]]
-ALL_SHAPES = pytest.mark.parametrize("changes", [{}, {"row_style": "wrap"}, {"attention": "dense"}], ids=["row", "wrap", "dense"])
+ALL_SHAPES = pytest.mark.parametrize(
+    "changes", [{}, {"row_style": "wrap"}, {"attention": "dense"}], ids=["row", "wrap", "dense"]
+)
 
 
 class Letters:

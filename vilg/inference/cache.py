@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kernels import decode_attention
 from kernels.patterns import cache_capacity, visible_image_slots
 
 KeyValue = tuple[Tensor, Tensor]
@@ -49,7 +50,8 @@ class DecodeCache:
     def __init__(
         self, source: Sequence[KeyValue], source_visible: Tensor, *, candidates: int, capacities: Sequence[int]
     ) -> None:
-        self.source = list(source)
+        # Contiguous: as parts of one qkv tensor they would hold the queries too, and be copied at every step.
+        self.source = [(keys.contiguous(), values.contiguous()) for keys, values in source]
         self.candidates = candidates
         # [P, 1, 1, M], added to scores: minus infinity where the prompt has no slot.
         self.source_bias = torch.zeros(source_visible.shape, dtype=torch.float32, device=source_visible.device)
@@ -97,3 +99,22 @@ class DecodeCache:
         source_probs, ring_probs = probs.split([source_scores.shape[-1], ring_scores.shape[-1]], -1)
         out = (source_probs @ source_values).transpose(1, 2).reshape(rows, heads, 1, head_dim)
         return out + ring_probs.transpose(1, 2).reshape(rows, heads, 1, -1) @ values
+
+    def attend_at(
+        self, layer: int, slots: Tensor, prefix: Tensor, q: Tensor, k: Tensor, v: Tensor,
+        *, pattern: str, grid: tuple[int, int], conv_size: int,
+    ) -> Tensor:  # fmt: skip
+        """`attend` of image slot `slots` (int32 [R], all equal), which is not known here but to the device.
+
+        prefix: int32 [P], source slots that are there (the first ones). The ring's entries are written and read as
+        `ring_reads` has them.
+        """
+        ring_keys, ring_values = self.rings[layer]
+        write = slots[:1].long() % ring_keys.shape[2]
+        ring_keys.index_copy_(2, write, k)
+        ring_values.index_copy_(2, write, v)
+        mixed = decode_attention(
+            q[:, :, 0], *self.source[layer], ring_keys, ring_values,
+            grid=grid, pattern=pattern, conv_size=conv_size, text_prefix=prefix, image_slot=slots,
+        )  # fmt: skip
+        return mixed[:, :, None]

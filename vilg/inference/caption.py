@@ -112,7 +112,7 @@ def answer_codes(
 
 def check_writing(sampling: SamplingConfig, *, beams: int, length_penalty: float) -> None:
     """Raise UserError unless texts can be written so."""
-    if sampling.guidance != 1:
+    if sampling.is_guided:
         raise UserError(f"guidance={sampling.guidance}: texts are written without guidance; leave it at 1")
     if beams < 1:
         raise UserError(f"beams={beams}: must be at least 1; 1 is no beam search")

@@ -31,6 +31,10 @@ def generate_main(argv: Sequence[str]) -> int:
     parser.add_argument("--num", type=int, default=4, help="candidates drawn for each prompt")
     parser.add_argument("--best", type=int, default=0, help="keep this many by the model's own captioning; 0 keeps all")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
+    parser.add_argument(
+        "--guidance-start", type=float, help="guidance of the first slot, moving evenly to --guidance at the last"
+    )
+    parser.add_argument("--eager", action="store_true", help="on a GPU: start kernel by kernel, without a CUDA graph")
     parser.add_argument("--out", type=Path, required=True, help="folder for grid.png, pictures and scores.jsonl")
     args = parse_options(parser, argv, temperature=None)
     if args.num < 1:
@@ -47,12 +51,12 @@ def generate_main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {args.out} is a file; name a folder")
 
     bundle = load_model(args.model, device=args.device)
-    given = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    given = {name: getattr(args, name) for name in ("guidance", "guidance_start", "temperature", "top_k", "top_p")}
     sampling = replace(bundle.sampling, **{name: value for name, value in given.items() if value is not None})
     with tqdm(total=len(prompts) * args.num, unit="image", desc="drawing") as bar:
         images, codes = draw_images(
             bundle, prompts, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch,
-            truncate=args.truncate, progress=bar.update,
+            truncate=args.truncate, graph=not args.eager, progress=bar.update,
         )  # fmt: skip
     scores = rerank_scores(bundle, prompts, codes)
     _write_pictures(args.out, prompts, images, scores, keep=args.best or args.num, seed=args.seed, sampling=sampling)

@@ -19,18 +19,26 @@ class SamplingConfig:
     """How one token is drawn.
 
     guidance: scale g of classifier-free guidance, logits = null + g * (prompt - null); 1 is none (one pass instead of
-    two). temperature: 0 is greedy. top_k, top_p: keep the k likeliest, or the smallest set whose probability reaches
-    p; 0 and 1.0 keep all.
+    two). guidance_start: scale of the first slot, from which it moves in equal steps to `guidance` at the last one; None
+    is `guidance` throughout. temperature: 0 is greedy. top_k, top_p: keep the k likeliest, or the smallest set whose
+    probability reaches p; 0 and 1.0 keep all.
     """
 
     guidance: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    guidance_start: float | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any slot needs the model without the prompt too."""
+        return self.guidance != 1 or self.guidance_start not in (None, 1)
 
     def __post_init__(self) -> None:
         rules = {
             "guidance": (self.guidance >= 0, "at least 0; 1 is no guidance"),
+            "guidance_start": (self.guidance_start is None or self.guidance_start >= 0, "at least 0; 1 is no guidance"),
             "temperature": (self.temperature >= 0, "at least 0; 0 is greedy"),
             "top_k": (self.top_k >= 0, "at least 0; 0 keeps all"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1; 1 keeps all"),
@@ -49,8 +57,18 @@ def candidate_uniforms(seed: int, candidate: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(sequence)).random(count)
 
 
-def guided(prompt_logits: Tensor, null_logits: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) on logits [R, V]."""
+def guidance_by_slot(config: SamplingConfig, num_slots: int) -> Tensor:
+    """Scale of each slot, float32 [N]: constant, or a straight line over the slots in raster order.
+
+    Muse (arXiv 2301.00704, section 2.7) raises the scale so while it draws: diversity is decided early, fit to the
+    prompt late.
+    """
+    start = config.guidance if config.guidance_start is None else config.guidance_start
+    return torch.linspace(start, config.guidance, num_slots)
+
+
+def guided(prompt_logits: Tensor, null_logits: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) on logits [R, V]; a scale for all, or [1]."""
     return null_logits + guidance * (prompt_logits - null_logits)
 
 
