@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -168,17 +169,33 @@ def _runs(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("ranks, micro", [(1, 4), (2, 3), (3, 4), (6, 1)])
-@pytest.mark.parametrize("stop", [1, 23, 43])
-def test_resume_gives_same_batches_with_another_layout(folder, stop, ranks, micro):
+@pytest.mark.parametrize("number", range(len(LAYOUTS)))
+def test_resume_gives_same_batches_on_any_other_layout(folder, number):
+    """From each layout the state is the same, and to each the batches are: so it holds for every pair of them."""
+    draw = random.Random(number)
+    before, after, stop = LAYOUTS[number], LAYOUTS[(number + draw.randint(1, 5)) % 6], draw.randint(1, 49)
     expected, _ = global_steps(folder, 50)
-    first, loaders = global_steps(folder, stop, ranks=2, micro=2)
+    first, loaders = global_steps(folder, stop, **as_options(before))
     states = [one.state for one in loaders]
     assert all(state == states[0] for state in states)
     state = LoaderState.from_dict(json.loads(json.dumps(states[0].to_dict())))
     assert (state.samples_consumed, state.epoch) == (stop * GLOBAL, stop * GLOBAL // 513)
-    rest, _ = global_steps(folder, 50 - stop, ranks=ranks, micro=micro, state=state)
+    rest, _ = global_steps(folder, 50 - stop, state=state, **as_options(after))
     assert_same(first + rest, expected)
+
+
+@pytest.mark.parametrize("stop", [1, 42, 43])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resume_beside_an_epochs_end_goes_on_in_the_right_epoch(folder, layout, stop):
+    expected, _ = global_steps(folder, 45)
+    _, [one] = global_steps(folder, stop)
+    options = as_options(layout) | {"workers": 0}
+    rest, _ = global_steps(folder, 45 - stop, state=one.state, **options)
+    assert_same(rest, expected[stop:])
+
+
+def as_options(layout: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(("ranks", "workers", "micro"), layout, strict=True))
 
 
 def test_iterating_again_continues(folder):
