@@ -1,11 +1,11 @@
 """Claim: training steps of a slice of the 10B model, at full width, against its peers. For one GPU; `--tiny` tries it on a CPU.
 
-    python benchmarks/train_step.py                      # as many layers as fit, 50 steps each
-    python benchmarks/train_step.py --layers 12 --micro 4
-    python benchmarks/train_step.py --tiny --device cpu
+    python benchmarks/train_step.py                      # as many layers as fit, 50 steps of ours and 15 of each peer
+    python benchmarks/train_step.py --layers 12 --profile --json OUT.json
+    python benchmarks/train_step.py --tiny --device cpu --steps 2 --peer-steps 2
 
 Three contenders, each in a process of its own, in bf16 under ds_configs/zero1.json with the same AdamW, the same number of
-layers and sequences, random tokens:
+layers, sequences and micro-batches (`--accumulate`: a real run has 4 to 32 of them a step), random weights and tokens:
 
 - `sparse`: launch/recipes/10b.yaml as `vilg train` builds it;
 - `dense`: the same model whose attention is torch's fused causal attention (`scaled_dot_product_attention`, is_causal: the
@@ -13,15 +13,17 @@ layers and sequences, random tokens:
 - `llama`: transformers' LlamaForCausalLM of the same width, heads and layers, SwiGLU sized to the same parameters, one
   softmax over both vocabularies, as LlamaGen and most open image generators are built.
 
-Prints and writes benchmarks/results/train_step.json: median step and 20/80 % quantiles over the steps after the warm-up,
-tokens/s, MFU (each contender's own operations: `vilg.model.size`; for llama 6 P + 6 L h s per token), memory, and
-ratios. `--profile` also writes sparse's time per kind of kernel.
+Prints and writes benchmarks/results/train_step.json (`--json`: elsewhere): median step and 20/80 % quantiles over the steps
+after the warm-up, tokens/s, MFU (each contender's own operations: `vilg.model.size`; for llama 6 P + 6 L h s per token),
+memory, and ratios; written anew after each contender. `--profile` adds the share of a step of ours by kind of kernel.
+A contender that fails is named, the others still run, and the exit code is 1.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -43,6 +45,7 @@ from vilg.config.deepspeed import merged_deepspeed_config  # noqa: E402
 from vilg.model.block import set_recompute  # noqa: E402
 from vilg.model.size import block_parameters, sequence_flops  # noqa: E402
 from vilg.model.vilg import Vilg  # noqa: E402
+from vilg.parallel import layout  # noqa: E402
 from vilg.parallel.grid import Grid  # noqa: E402
 from vilg.tokens.sequence import SequenceBatch, collate, image_to_text, text_to_image  # noqa: E402
 from vilg.train.distributed import distributed  # noqa: E402
@@ -54,16 +57,30 @@ from vilg.train.step import count, plan_step  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "train_step.json"
 CONTENDERS = ("sparse", "dense", "llama")
-WARM_UP = 5
-BYTES_A_PARAMETER = 18  # bf16 weight, fp32 gradient sum, fp32 master and two moments
+WARM_UP = 3
+BYTES_A_PARAMETER = 20  # bf16 weight and gradient, fp32 gradient sum, master and two moments
+# What the peer with the most activations keeps: transformers' Llama, whose norms work in fp32. Bytes for a slot, per
+# channel and layer, and per column of its one softmax.
+BYTES_A_CHANNEL, BYTES_A_LOGIT = 48, 16
+KINDS = {  # kernel name -> kind, the first that matches
+    "attention": r"flash|fmha|cudnn.*sdpa|forward_kernel|(query|key)_gradient_kernel",
+    "matrix product": r"gemm|nvjet|xmma|cutlass|cublas|splitk|sgemm",
+    "optimizer": r"multi_tensor|adam",
+    "norm": r"layer_?norm|rms_?norm|gamma_?beta",
+    "loss": r"softmax|nll_loss|cross_entropy",
+    "copies and fills": r"memcpy|memset|copy|fill|cat",
+    "sums": r"reduce",
+    "element by element": r"elementwise|triton_poi|triton_red|triton_per|gelu",
+}
 TINY = ["model.hidden_size=64", "model.num_heads=2", "tokens.grid=[8,8]", "tokens.text_slots=16", "tokens.text_vocab_size=512",
         "tokens.image_vocab_size=512"]  # fmt: skip
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The 10B recipe, cut to `args.layers` layers and one micro-batch of `args.micro` pairs (two sequences each)."""
-    cut = [f"model.num_layers={args.layers}", f"batch.micro_size={args.micro}", f"batch.global_size={args.micro}",
-           "parallel.deepspeed=ds_configs/zero1.json", f"parallel.recompute={args.recompute}"]  # fmt: skip
+    """The 10B recipe, cut to `args.layers` layers and steps of `args.micro` x `args.accumulate` pairs, two sequences each."""
+    cut = [f"model.num_layers={args.layers}", f"batch.micro_size={args.micro}",
+           f"batch.global_size={args.micro * args.accumulate}", "parallel.deepspeed=ds_configs/zero1.json",
+           f"parallel.recompute={args.recompute}"]  # fmt: skip
     return load_recipe("launch/recipes/10b.yaml", [*cut, *(TINY if args.tiny else [])], world_size=1)
 
 
@@ -97,19 +114,32 @@ def vilg_step(recipe: Recipe, device: torch.device, *, dense: bool) -> tuple[Cal
     """(one step, operations of a step, parameters)."""
     grid, spec = Grid.build(), sequence_spec(recipe)
     model = (CausalVilg if dense else Vilg)(recipe.model, spec, grid=grid, device=device)
-    model.reset_parameters(0)
+    draw_weights(model)
     set_recompute(model, recipe.parallel)
-    engine, batch = build_engine(recipe, grid, model, device), batch_of(recipe)
-    text_targets, image_targets, _ = count([batch])
+    engine = build_engine(recipe, grid, model, device)
+    batches = [batch_of(recipe)] * (recipe.batch.global_size // recipe.batch.micro_size)
+    text_targets, image_targets, _ = count(batches)
     plan = plan_step(recipe, 1, text_targets=text_targets, image_targets=image_targets)
     shape = recipe.model.model_copy(update={"attention": "dense"}) if dense else recipe.model
-    flops = recipe.batch.micro_size * sum(sequence_flops(shape, spec, image_is_target=d) for d in (True, False))
+    flops = recipe.batch.global_size * sum(sequence_flops(shape, spec, image_is_target=d) for d in (True, False))
 
     def step() -> None:
-        if engine.train_step([batch], plan).skipped:
+        if engine.train_step(batches, plan).skipped:
             raise SystemExit("a step was left out for non-finite gradients: its time would say nothing")
 
     return step, flops, sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def draw_weights(model: Vilg) -> None:
+    """As `Vilg.reset_parameters`, but matrices are drawn where they are: on a CPU it would take a minute."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        rule, layers = layout.rule_of(name), 2 * config.num_layers
+        if rule.init in ("normal", "residual"):
+            parameter.normal_(0.0, config.init_std / (layers**0.5 if rule.init == "residual" else 1.0))
+        else:
+            parameter.fill_(float(rule.init == "ones"))
 
 
 def llama_step(recipe: Recipe, device: torch.device) -> tuple[Callable[[], None], float, int]:
@@ -135,111 +165,136 @@ def llama_step(recipe: Recipe, device: torch.device) -> tuple[Callable[[], None]
     settings = merged_deepspeed_config(recipe, data_size=1)
     with silent():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    sequences = 2 * recipe.batch.micro_size
-    ids = torch.randint(0, config.vocab_size, (sequences, spec.num_slots), device=device)
+    ids = torch.randint(0, config.vocab_size, (2 * recipe.batch.micro_size, spec.num_slots), device=device)
 
     def step() -> None:
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        engine.step()
+        for _ in range(settings["gradient_accumulation_steps"]):
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step()
 
     parameters = sum(p.numel() for p in model.parameters())
     matrices = parameters - config.vocab_size * hidden  # the input table multiplies nothing
     per_token = 6 * matrices + 6 * shape.num_layers * hidden * spec.num_slots
-    return step, per_token * sequences * spec.num_slots, parameters
+    return step, per_token * 2 * recipe.batch.global_size * spec.num_slots, parameters
 
 
 def measure(args: argparse.Namespace) -> dict:
     """One contender, in this process."""
+    started = time.perf_counter()
     device, recipe = torch.device(args.device), recipe_of(args)
+    ours = args.contender != "llama"
     with distributed(device):
-        if args.contender == "llama":
-            step, flops, parameters = llama_step(recipe, device)
-        else:
+        if ours:
             step, flops, parameters = vilg_step(recipe, device, dense=args.contender == "dense")
-        seconds = []
-        for number in range(WARM_UP + args.steps):
-            started = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number >= WARM_UP:
-                seconds.append(time.perf_counter() - started)
-        if args.profile and args.contender == "sparse":
-            profile(step)
-        median, tokens = statistics.median(seconds), 2 * args.micro * sequence_spec(recipe).num_slots
-        peak = peak_flops(device)
-        return {
+        else:
+            step, flops, parameters = llama_step(recipe, device)
+        for _ in range(WARM_UP):
+            timed(step, device)
+        built = time.perf_counter() - started
+        seconds = [timed(step, device) for _ in range(args.steps if args.contender == "sparse" else args.peer_steps)]
+        median, peak = statistics.median(seconds), peak_flops(device)
+        found = {
             "parameters": parameters,
+            "steps": len(seconds),
+            "seconds_before": built,
             "median_ms": 1e3 * median,
             "q20_q80_ms": [1e3 * float(q) for q in np.quantile(seconds, (0.2, 0.8))],
-            "tokens_per_second": tokens / median,
+            "tokens_per_second": 2 * recipe.batch.global_size * sequence_spec(recipe).num_slots / median,
             "tflop_per_step": flops / 1e12,
             "mfu": flops / median / peak if peak else None,
             "peak_memory_gib": peak_memory(device) / 2**30,
         }
+        return found | ({"kernels": profile(step, device)} if args.profile and args.contender == "sparse" else {})
 
 
-def profile(step: Callable[[], None]) -> None:
-    """Print where one step's time goes."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as found:
-        step()
-    key = "cuda_time_total" if torch.cuda.is_available() else "cpu_time_total"
-    print(found.key_averages().table(sort_by=key, row_limit=25), file=sys.stderr)
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one step, until the device has done it."""
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
-def layers_that_fit(device: torch.device) -> int:
-    """Whole layers of 10b.yaml whose state, and as much again for activations, fit beside the tables; 2 on a CPU."""
+def profile(step: Callable[[], None], device: torch.device) -> dict:
+    """Milliseconds of one step by kind of kernel (on a CPU: of operator), and the longest ones by name."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as found:
+        timed(step, device)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    kinds, names = dict.fromkeys([*KINDS, "other"], 0.0), {}
+    for event in found.key_averages():
+        spent = getattr(event, key) / 1e3
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key, re.IGNORECASE)), "other")
+        kinds[kind] += spent
+        names[event.key] = spent
+    longest = sorted(names, key=names.get, reverse=True)[:25]
+    return {"ms_by_kind": kinds, "longest_ms": {name[:120]: names[name] for name in longest}}
+
+
+def layers_that_fit(device: torch.device, *, micro: int) -> int:
+    """Whole layers of 10b.yaml whose state and activations fit, for the hungriest contender; 2 on a CPU."""
     if device.type != "cuda":
         return 2
     recipe = load_recipe("launch/recipes/10b.yaml")
     spec, shape = sequence_spec(recipe), recipe.model
-    tables = 2 * (spec.text_vocab_size + spec.image_vocab_size) * shape.hidden_size
-    free = 0.8 * torch.cuda.get_device_properties(device).total_memory - BYTES_A_PARAMETER * tables
-    return max(1, min(shape.num_layers, int(free / (1.3 * BYTES_A_PARAMETER * block_parameters(shape)))))
+    slots, vocabulary = 2 * micro * spec.num_slots, spec.text_vocab_size + spec.image_vocab_size
+    fixed = BYTES_A_PARAMETER * 2 * vocabulary * shape.hidden_size + BYTES_A_LOGIT * slots * vocabulary
+    layer = BYTES_A_PARAMETER * block_parameters(shape) + BYTES_A_CHANNEL * slots * shape.hidden_size
+    free = 0.9 * torch.cuda.get_device_properties(device).total_memory - fixed
+    return max(1, min(shape.num_layers, int(free / layer)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=0, help="0: as many as fit")
-    parser.add_argument("--micro", type=int, default=2, help="pairs of a step, two sequences each")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--micro", type=int, default=4, help="pairs of a micro-batch, two sequences each")
+    parser.add_argument("--accumulate", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--steps", type=int, default=50, help="measured steps of sparse")
+    parser.add_argument("--peer-steps", type=int, default=15, help="measured steps of each peer")
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="a small shape, to try the script; writes no result")
-    parser.add_argument("--profile", action="store_true", help="print where a sparse step's time goes")
+    parser.add_argument("--tiny", action="store_true", help="a small shape, to try the script; writes only what --json names")
+    parser.add_argument("--profile", action="store_true", help="add where one step of sparse spends its time")
+    parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--contender", choices=CONTENDERS, help="run one in this process and print it as JSON")
     args = parser.parse_args()
-    args.layers = args.layers or layers_that_fit(torch.device(args.device))
+    device = torch.device(args.device)
+    args.layers = args.layers or layers_that_fit(device, micro=args.micro)
     if args.contender:
         print(json.dumps(measure(args)))
         return 0
-    on_gpu = args.device.startswith("cuda")
     result = {
-        "hardware": torch.cuda.get_device_name() if on_gpu else platform.machine(), "versions": versions(),
-        "commit": source_commit(), "layers": args.layers, "pairs": args.micro, "steps": args.steps,
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "versions": versions(),
+        "commit": source_commit(), "layers": args.layers, "pairs": args.micro, "micro_batches": args.accumulate,
         "recompute": args.recompute, "contenders": {},
     }  # fmt: skip
+    path = args.json or (None if args.tiny else RESULT)
     for contender in CONTENDERS:
-        own = [f"--contender={contender}", f"--layers={args.layers}"]
-        command = [sys.executable, __file__, *(a for a in sys.argv[1:]), *own]
+        command = [sys.executable, __file__, *sys.argv[1:], f"--contender={contender}", f"--layers={args.layers}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            print(f"{contender}: ended with exit code {done.returncode}; its message is above", file=sys.stderr)
-            return 1
+            print(f"{contender}: ended with exit code {done.returncode}; its message is above", flush=True)
+            continue
         found = result["contenders"][contender] = json.loads(done.stdout.splitlines()[-1])
-        mfu = f"MFU {found['mfu']:.1%}" if found["mfu"] else "MFU n/a"
-        print(f"{contender:7} {found['parameters'] / 1e9:6.3f}B  {found['median_ms']:9.1f} ms  "
-              f"{found['tokens_per_second']:9.0f} tokens/s  {mfu}  {found['peak_memory_gib']:5.1f} GiB", flush=True)  # fmt: skip
-    ours = result["contenders"]["sparse"]["median_ms"]
-    for peer in CONTENDERS[1:]:
-        ratio = result[f"{peer}_over_sparse_time"] = result["contenders"][peer]["median_ms"] / ours
-        print(f"a step of {peer} takes {ratio:.2f} x that of sparse")
-    if not args.tiny:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+        print_contender(contender, found)
+        ours = result["contenders"].get("sparse")
+        if ours and contender != "sparse":
+            ratio = result[f"{contender}_over_sparse_time"] = found["median_ms"] / ours["median_ms"]
+            print(f"        a step of {contender} takes {ratio:.2f} x that of sparse", flush=True)
+        if path:
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0 if len(result["contenders"]) == len(CONTENDERS) else 1
+
+
+def print_contender(name: str, found: dict) -> None:
+    mfu = f"MFU {found['mfu']:.1%}" if found["mfu"] else "MFU n/a"
+    print(f"{name:7} {found['parameters'] / 1e9:6.3f}B  {found['median_ms']:9.1f} ms  {found['tokens_per_second']:9.0f} tokens/s  "
+          f"{mfu}  {found['peak_memory_gib']:5.1f} GiB  ({found['steps']} steps, {found['seconds_before']:.0f} s before them)",
+          flush=True)  # fmt: skip
+    for kind, spent in sorted(found.get("kernels", {}).get("ms_by_kind", {}).items(), key=lambda item: -item[1]):
+        print(f"        {kind:20} {spent:9.2f} ms", flush=True)
 
 
 if __name__ == "__main__":
