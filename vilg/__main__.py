@@ -50,6 +50,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("generate", "vilg.inference.draw_command:generate_main", "draw pictures for prompts"),
         Command("caption", "vilg.inference.write_command:caption_main", "write captions for pictures"),
         Command("answer", "vilg.inference.write_command:answer_main", "answer questions about pictures"),
+        Command("serve", "vilg.inference.serve.command:main", "a page and an HTTP API for all three, on this machine"),
         Command("eval caption", "vilg.evaluate.captions:main", "BLEU, METEOR, ROUGE-L, CIDEr of captions"),
         Command("eval fid", "vilg.evaluate.fid:main", "FID and Inception Score of pictures, rFID of an image tokenizer"),
         Command("eval vqa", "vilg.evaluate.vqa:main", "exact match of answers to questions about pictures"),

@@ -5,8 +5,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +38,19 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def run(command: str, folder: Path, *, timeout: float = 600, code: int = 0) -> str:
-    """Run a shell command as a user would in a clone; returns its output."""
-    environment = os.environ | {
+def environment(folder: Path) -> dict[str, str]:
+    """That of a user in a clone, with this project's code and one thread."""
+    return os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "PATH": f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}",
     }
+
+
+def run(command: str, folder: Path, *, timeout: float = 600, code: int = 0) -> str:
+    """Run a shell command as a user would in a clone; returns its output."""
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment, timeout=timeout,
+        command, shell=True, cwd=folder, env=environment(folder), timeout=timeout,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == code, f"$ {command}\n{done.stdout[-6000:]}"
@@ -167,4 +173,25 @@ def test_every_command_of_the_readme_runs(demo, workplace):
     commands = [line for block in README_BLOCK.findall(text) for line in block.splitlines() if line.strip()]
     assert len(commands) >= 10
     for command in commands:
-        run(command.replace("make ", "make --dry-run ", 1) if command.startswith("make ") else command, workplace)
+        if "vilg serve " in command:
+            serve_and_stop(command, workplace)
+        else:
+            run(command.replace("make ", "make --dry-run ", 1) if command.startswith("make ") else command, workplace)
+
+
+def serve_and_stop(command: str, folder: Path) -> None:
+    """Start the server, look at its page, and stop it with Ctrl-C, as a user would; only the port is a free one."""
+    process = subprocess.Popen(
+        f"exec {command} --port 0", shell=True, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert address, line + process.stdout.read()
+        with urllib.request.urlopen(address[0], timeout=60) as page:
+            assert "<title>vilg</title>" in page.read().decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()

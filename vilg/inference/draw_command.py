@@ -1,21 +1,19 @@
 """`vilg generate`."""
 
 import argparse
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from vilg.errors import UserError
 from vilg.inference.generate import draw_images
 from vilg.inference.load import load_model
 from vilg.inference.options import parse_options, read_lines
+from vilg.inference.pictures import png_bytes
 from vilg.inference.rerank import rerank_scores
 from vilg.inference.sampling import SamplingConfig
 from vilg.pictures.sheet import Cell, Picture, Section, sample_sheet
@@ -85,12 +83,7 @@ def _write_pictures(
             facts = {"prompt": prompt, "seed": seed, "candidate": int(candidate), "score": score}
             lines.append(facts | asdict(sampling) | {"file": name if kept else None})
             if kept:
-                text = PngInfo()
-                for key, value in (facts | asdict(sampling)).items():
-                    text.add_itxt(key, str(value))
-                content = io.BytesIO()
-                Image.fromarray(images[row, candidate]).save(content, format="PNG", pnginfo=text)
-                write_atomically(out / name, content.getvalue())
+                write_atomically(out / name, png_bytes(images[row, candidate], facts | asdict(sampling)))
         shown = [Picture(images[row, i], f"{scores[row, i]:.2f}") for i in order[:keep]]
         cells.append(Cell(shown, [prompt]))
     columns = max(1, 8 // keep)

@@ -13,6 +13,10 @@ from torch import Tensor
 from vilg.inference.image_decoder import ImageDecoder
 from vilg.inference.sampling import SamplingConfig, guidance_by_slot, guided, sample_tokens
 
+# Called with the number of slots drawn and the codes int64 [R, N], of which only these are set; on a GPU the kernels may
+# still be under way. What it raises ends the drawing.
+OnStep = Callable[[int, Tensor], None]
+
 
 class Drawing:
     """Pictures in the making: `codes` int64 [R, N], filled slot by slot by calling `step`.
@@ -33,11 +37,13 @@ class Drawing:
         self.slots = torch.zeros(decoded, dtype=torch.int32, device=uniforms.device)
         self.guidance = guidance_by_slot(sampling, self.num_slots).to(uniforms.device)  # [N]
 
-    def draw(self, *, graph: bool) -> Tensor:
-        """All slots; returns `codes`. graph: replay a CUDA graph of the step."""
+    def draw(self, *, graph: bool, on_step: OnStep | None = None) -> Tensor:
+        """All slots; returns `codes`. graph: replay a CUDA graph of the step; on_step: called after each slot."""
         step = self._captured() if graph else self.step
         for slot in range(self.num_slots):
             step() if graph else self.step(slot)
+            if on_step:
+                on_step(slot + 1, self.codes)
         return self.codes
 
     def step(self, slot: int = 0) -> None:

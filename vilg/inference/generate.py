@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilg.inference.drawing import Drawing
+from vilg.inference.drawing import Drawing, OnStep
 from vilg.inference.image_decoder import ImageDecoder
 from vilg.inference.load import Bundle
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms
@@ -29,13 +29,14 @@ def generate_codes(
     batch_rows: int = 64,
     graph: bool = True,
     progress: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw `num` candidates for each prompt.
 
     prompts: token ids, at most T each; seeds: one integer per prompt, candidate i of a prompt depends on (its seed, i)
     only. batch_rows: candidates decoded together (doubled by guidance). graph: on one GPU, replay a CUDA graph of the
-    step (the same tokens, sooner). progress: called with the number of pictures finished. Returns int64 [P, num, N] on
-    the model's device.
+    step (the same tokens, sooner). progress: called with the number of pictures finished. on_step: after each slot, see
+    `drawing.OnStep`. Returns int64 [P, num, N] on the model's device.
     """
     device = next(model.parameters()).device
     out = torch.empty(len(prompts), num, spec.image_slots, dtype=torch.long, device=device)
@@ -49,8 +50,9 @@ def generate_codes(
             )
             drawn_from = torch.from_numpy(uniforms).to(device)
             codes = _decode_batch(
-                model, spec, [prompts[row] for row in rows], len(candidates), drawn_from, sampling, graph=graph
-            )
+                model, spec, [prompts[row] for row in rows], len(candidates), drawn_from, sampling,
+                graph=graph, on_step=on_step,
+            )  # fmt: skip
             out[rows.start : rows.stop, candidates.start : candidates.stop] = codes.view(len(rows), len(candidates), -1)
             if progress:
                 progress(len(rows) * len(candidates))
@@ -66,13 +68,14 @@ def _decode_batch(
     sampling: SamplingConfig,
     *,
     graph: bool,
+    on_step: OnStep | None,
 ) -> Tensor:
     """Codes int64 [P * K, N] for uniforms [P * K, N]."""
     conditions = [*prompts, *([()] * len(prompts))] if sampling.is_guided else list(prompts)
     decoder = ImageDecoder(model, spec, conditions, candidates=candidates)
     on_gpu = uniforms.is_cuda
     drawing = Drawing(decoder, uniforms, sampling, begin=spec.begin_of_image, replayable=on_gpu)
-    return drawing.draw(graph=graph and on_gpu and decoder.tensor_group is None)
+    return drawing.draw(graph=graph and on_gpu and decoder.tensor_group is None, on_step=on_step)
 
 
 def draw_images(
@@ -86,6 +89,7 @@ def draw_images(
     truncate: bool = False,
     graph: bool = True,
     progress: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Pictures for prompts: uint8 [P, num, height, width, 3] and their codes int64 [P, num, N].
 
@@ -102,6 +106,7 @@ def draw_images(
         batch_rows=batch_rows,
         graph=graph,
         progress=progress,
+        on_step=on_step,
     )
     images = bundle.decode_images(codes.flatten(0, 1))
     return images.reshape(len(prompts), num, *images.shape[1:]), codes

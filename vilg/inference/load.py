@@ -69,8 +69,8 @@ class Bundle:
             raise UserError(f"{kind} {text!r} is empty; write {wanted}")
         if len(ids) > most and not truncate:
             raise UserError(
-                f"{kind} {text!r} has {len(ids)} tokens, but the text segment has room for {most}; shorten it, or cut "
-                "it with --truncate"
+                f"{kind} {text!r} has {len(ids)} tokens, but the text segment has room for {most}; shorten it, or "
+                "have it cut (truncate)"
             )
         return ids[:most]
 
