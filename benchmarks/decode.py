@@ -1,6 +1,6 @@
 """Claim: many candidates of one prompt are drawn with a fraction of a dense cache, and faster than generate() does.
 
-    python benchmarks/decode.py --json benchmarks/results/decode.json                        # about 12 minutes of a core
+    python benchmarks/decode.py --json benchmarks/results/decode.json                        # about 6 minutes of a core
     python benchmarks/decode.py --device cuda --json benchmarks/results/decode_gpu.json      # 80 GB GPU, under two minutes
     python benchmarks/decode.py --quick [--device cuda]                                      # to try the script
 
@@ -16,7 +16,7 @@
 
 CPU: 8 layers, 256 wide, fp32, grids 32 x 32 and 64 x 64; both of ours draw the same --own-slots slots, one drawn at
 random from each stretch of the picture (a column reads more below), turn by turn, so that what else the machine does
-meets both; pages are touched before. GPU: the 10B model (--layers 48) in bf16 on 32 x 32; `vilg` draws whole pictures.
+meets both; pages are touched before; seconds are CPU seconds of the one thread, for the same reason. GPU: the 10B model (--layers 48) in bf16 on 32 x 32; `vilg` draws whole pictures.
 A step with a static cache attends to the whole cache at every slot, so `transformers` draws the first --slots slots only.
 All are scaled to whole pictures. That the drawn tokens are the same is a test (tests/unit/test_huggingface.py,
 test_drawing.py), not part of this script. Bytes are those of keys and values.
@@ -98,13 +98,18 @@ def drawing_of(model: Vilg, num: int, *, replayable: bool) -> Drawing:
     )
 
 
+def now() -> float:
+    """Seconds: of the clock when the GPU is done, or of CPU time."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds_of(work) -> float:
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    started = time.perf_counter()
+    started = now()
     work()
-    wait()
-    return time.perf_counter() - started
+    return now() - started
 
 
 def draw_theirs(theirs: VilgForCausalLM, spec: SequenceSpec, num: int, slots: int) -> tuple[float, int]:
@@ -123,9 +128,7 @@ def draw_theirs(theirs: VilgForCausalLM, spec: SequenceSpec, num: int, slots: in
         """The cache is made for a whole picture, but only the first slots are drawn."""
 
         def __call__(self, input_ids, scores, **_):
-            if input_ids.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
+            times.append(now())
             return torch.full((len(input_ids),), len(times) > slots, dtype=torch.bool, device=input_ids.device)
 
     cache = theirs.generate(**settings, stopping_criteria=[Until()]).past_key_values

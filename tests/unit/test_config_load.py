@@ -140,7 +140,7 @@ def test_duplicate_key_is_refused_with_both_places(write):
         ("[8, 8]", "[8, 8, 8]", "9:3: tokens.grid: should have 2 items"),
         ("[8, 8]", "[8]", "tokens.grid[1]: missing"),
         ("data: {train: shards}", "data: shards", "12:1: data: should be a section of keys"),
-        ("{train: shards}", "{train: shards, directions: up}", "should be 'both' or 'alternate'; found \"up\""),
+        ("{train: shards}", "{train: shards, directions: up}", "should be 'both', 'alternate' or 'answer'; found \"up\""),
     ],
 )
 def test_wrong_values_are_named_with_key_place_and_value(write, old, new, expected):
@@ -251,6 +251,7 @@ CROSS_RULES = [
     ("--tokens.text_vocab_size=4", "use 5 or more", None),
     ("--loss.text_weight=0 --loss.image_weight=0", "nothing would be learnt", None),
     ("--data.text_to_image_fraction=1 --loss.image_weight=0", "the weight of its loss is 0", None),
+    ("--data.directions=answer --loss.text_weight=0", "data.directions: answer has no other loss", None),
     ("--samples.every_steps=5", "samples.prompts is empty", None),
     ("--samples.top_k=513", "use 0 to keep all codes", None),
 ]

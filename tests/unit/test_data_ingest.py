@@ -95,3 +95,17 @@ def test_shards_that_no_ingest_began_are_never_deleted(tmp_path):
     with pytest.raises(UserError, match=r"holds other data \(00000.tar\)"):
         ingest([image_folder(tmp_path / "images")], download)
     assert (download / "00000.tar").read_bytes() == before
+
+
+def test_a_table_of_questions_keeps_those_that_pass_the_filters(tmp_path):
+    rows = [("cat", "what is it?", "a cat"), ("cat", "who sat where on which mat?", "that one on this mat"), ("dog", "x", "y")]
+    for name in ("cat", "dog"):
+        (tmp_path / f"{name}.png").write_bytes(picture(len(name)))
+    lines = [json.dumps({"image": f"{image}.png", "question": q, "answer": a}) for image, q, a in rows]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
+    recipe = IngestRecipe(**{"words": {"enabled": True, "below": 8, "at_least": 3}})
+    report = ingest([tmp_path / "asked.jsonl"], tmp_path / "out", recipe=recipe)
+    assert (report["kept"], report["dropped"]) == (1, {"too few words": 1})
+    [kept] = samples(tmp_path / "out").values()
+    assert json.loads(kept["json"])["questions"] == [{"question": "what is it?", "answer": "a cat"}]
+    assert kept["txt"] == b"what is it? a cat"

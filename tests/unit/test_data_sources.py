@@ -122,3 +122,38 @@ def test_what_img2dataset_counted_is_compared_with_what_there_is(tmp_path):
     (raw / "00001_stats.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="00001_stats.json: is no statistics file of img2dataset"):
         open_source(raw, Table(), Totals())
+
+
+QUESTION_FILES = {
+    "q.jsonl": '{"image": "0.png", "question": "左边是什么？", "answer": "猫"}\n'
+    '{"image": "1.png", "question": "what colour?", "answers": ["blue", "dark blue"]}\n'
+    '{"image": "1.png", "question": "what is it?", "answer": "a cat"}\n',
+    "q.tsv": "question\timage\tanswer\n左边是什么？\t0.png\t猫\nwhat colour?\t1.png\tblue\nwhat colour?\t1.png\tdark blue\n"
+    "what is it?\t1.png\ta cat\n",
+}
+
+
+@pytest.mark.parametrize("name", QUESTION_FILES)
+def test_tables_of_questions_give_pairs_with_questions_that_count_as_captions(images, name):
+    table = images.parent / name
+    table.write_text(QUESTION_FILES[name], encoding="utf-8")
+    pairs = found(table, Table(images))
+    assert [pair.fields["txt"].decode() for pair in pairs] == ["左边是什么？ 猫", "what colour? blue"]
+    questions = [json.loads(pair.fields["json"])["questions"] for pair in pairs]
+    assert questions[0] == [{"question": "左边是什么？", "answer": "猫"}]
+    assert [each["answer"] for each in questions[1]] == ["blue", "dark blue", "a cat"]
+    assert captions(pairs[1]) == ["what colour? blue", "what colour? dark blue", "what is it? a cat"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "1.png", "caption": "a cat"}', "q.jsonl:2: expected image, question and answer"),
+        ('{"image": "1.png", "question": "what?", "answer": 3}', "q.jsonl:2: image, question and answer should be text"),
+    ],
+)
+def test_a_row_that_is_no_question_among_questions_is_named(images, line, message):
+    table = images.parent / "q.jsonl"
+    table.write_text('{"image": "0.png", "question": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        found(table, Table(images))

@@ -337,3 +337,37 @@ def test_read_gives_codes_caption_and_meta(folder):
         np.testing.assert_array_equal(codes, (np.arange(6) * 7 + number) % CODES)
     with pytest.raises(IndexError):
         dataset.read(513)
+
+
+def questions_of(pairs) -> bytes:
+    return json.dumps({"questions": [{"question": q, "answer": a} for q, a in pairs]}).encode()
+
+
+def test_questions_are_source_and_answers_target_and_one_of_several_is_drawn_per_visit(tmp_path):
+    pairs = [("ab", "c"), ("d", "ef"), ("far too long", "for it")]
+    folder = make_shards(tmp_path, [24], lambda _, f: f | {"json": questions_of(pairs)})
+    steps, [one] = global_steps(folder, 20, config={"directions": "answer"})
+    asked = set()
+    for step in steps:
+        assert not step["image_is_target"].any()
+        for prefix, text, target in zip(step["text_prefix"], step["text_input"], step["text_target"], strict=True):
+            question = bytes(int(i) - 4 for i in text[:prefix]).decode()
+            asked.add((question, _caption(target)))
+            assert text[prefix] == 1 and (target[:prefix] == -100).all()
+    assert asked == set(pairs[:2]) and not one.bad_samples
+
+
+def test_samples_without_a_question_that_fits_are_replaced_and_counted(tmp_path):
+    kinds = [None, [("far too long", "for it")], [("ok", "yes")], "no list", [("", "x")]]
+
+    def edit(number: int, fields: dict[str, bytes]) -> dict[str, bytes]:
+        pairs = kinds[number % len(kinds)]
+        if pairs is None:
+            return fields
+        broken = json.dumps({"questions": pairs}).encode()
+        return fields | {"json": questions_of(pairs) if isinstance(pairs, list) else broken}
+
+    folder = make_shards(tmp_path, [60], edit)
+    steps, [one] = global_steps(folder, 5, config={"directions": "answer"})
+    assert {_caption(row) for step in steps for row in step["text_target"]} == {"yes"}
+    assert one.bad_samples == {"no question": 12, "question too long": 12, "bad json": 24}

@@ -25,6 +25,7 @@ def test_there_are_recipes():
 # Number of GPUs that a recipe is for, as docs/recipes.md says.
 GPUS = {"300m": (1, 8, 64, 256), "1b": (1, 8, 64, 256), "10b": (8, 64, 256), "10b-tensor4": (8, 64, 256)}
 GPUS["10b-tensor4-pipe4"] = (64, 256)
+GPUS |= dict.fromkeys(("tune-caption", "tune-image", "tune-answer"), (1, 8, 64))
 
 
 @pytest.mark.parametrize(("name", "gpus"), [(name, gpus) for name, counts in GPUS.items() for gpus in counts])

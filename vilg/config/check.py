@@ -280,6 +280,8 @@ def _loss(r: Any, known: Surroundings) -> Iterator[Problem]:
     text, image = r.loss.text_weight, r.loss.image_weight
     if text == 0 and image == 0:
         yield Problem("loss.text_weight", "loss.text_weight=0 and loss.image_weight=0: nothing would be learnt")
+    elif r.data.directions == "answer" and text == 0:
+        yield Problem("loss.text_weight", "loss.text_weight=0, but data.directions: answer has no other loss")
     elif r.data.directions == "alternate":
         share = r.data.text_to_image_fraction
         if (share == 0 and text == 0) or (share == 1 and image == 0):

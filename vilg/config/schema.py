@@ -82,8 +82,10 @@ class DataConfig(Section):
 
     train: Place = Field(description="Folder of token shards with manifest.json, or its URL (s3://, gs://, http://).")
     blend: tuple[BlendPart, ...] = Field((), description="Further data sets, mixed in by weight; data.train has 1.")
-    directions: Literal["both", "alternate"] = Field(
-        "alternate", description="both: each pair gives two sequences (the paper); alternate: a seeded coin per pair."
+    directions: Literal["both", "alternate", "answer"] = Field(
+        "alternate",
+        description="both: each pair gives two sequences (the paper); alternate: a seeded coin per pair; answer: picture "
+        "and question are source, the answer is target.",
     )
     text_to_image_fraction: Fraction = Field(0.5, description="Share of text -> image when directions is alternate.")
     caption_dropout: Fraction = Field(
@@ -98,6 +100,11 @@ class DataConfig(Section):
         60.0, ge=0, description="Seconds without a sample before a stalled read is tried again, four times; 0: wait."
     )
     max_bad_fraction: Fraction = Field(0.001, description="Share of unreadable samples above which the run stops.")
+
+    @property
+    def drawn_share(self) -> float:
+        """Share of text -> image among the sequences."""
+        return {"both": 0.5, "alternate": self.text_to_image_fraction, "answer": 0.0}[self.directions]
 
 
 class BatchConfig(Section):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta
+from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta, decode_questions
 from vilg.data.manifest import Manifest
 from vilg.data.order import Order
 from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, index_shard
@@ -34,11 +34,12 @@ class SampleError(UserError):
 
 @dataclass(frozen=True)
 class TokenSample:
-    """codes: uint16 [N]; captions: one or more; meta: the sample's JSON object."""
+    """codes: uint16 [N]; captions: one or more; meta: the sample's JSON object; questions: with their answers."""
 
     codes: np.ndarray
     captions: tuple[str, ...]
     meta: dict
+    questions: tuple[tuple[str, str], ...] = ()
 
 
 class TokenDataset:
@@ -126,7 +127,7 @@ class TokenDataset:
         try:
             codes = decode_codes(fields.get("img.npy"), grid[0] * grid[1], self.manifest.image_vocab_size)
             meta = decode_meta(fields.get("json"))
-            return TokenSample(codes, decode_captions(fields.get("txt"), meta), meta)
+            return TokenSample(codes, decode_captions(fields.get("txt"), meta), meta, decode_questions(meta))
         except BadField as error:
             raise self.error(index, error.reason, str(error)) from None
 

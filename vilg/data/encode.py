@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vilg.data.dataset import INDEX_FOLDER, index_path
-from vilg.data.fields import BadField, decode_captions, decode_meta, describe, encode_codes
+from vilg.data.fields import BadField, decode_captions, decode_meta, decode_questions, describe, encode_codes
 from vilg.data.manifest import ShardEntry
 from vilg.data.records import Record, Rejected, record_path
 from vilg.data.shards import IMAGE_FIELDS, TOKEN_FIELDS, ShardIndex, ShardReader, index_shard
@@ -185,7 +185,9 @@ def _results(batch: Batch, futures: list[Future[Decoded]]) -> tuple[Batch, list[
 def _decode(batch: Batch, row: int, recipe: Recipe) -> Decoded:
     fields, key = batch.reader.read(row), batch.reader.key(row)
     try:
-        decode_captions(fields.get("txt"), decode_meta(fields.get("json")))
+        meta = decode_meta(fields.get("json"))
+        decode_captions(fields.get("txt"), meta)
+        decode_questions(meta)
         image = next((fields[name] for name in IMAGE_FIELDS if name in fields), None)
         if image is None:
             raise BadField("no image", "has no image")

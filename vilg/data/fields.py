@@ -83,6 +83,19 @@ def decode_meta(data: bytes | None) -> dict:
     return meta
 
 
+def decode_questions(meta: dict) -> tuple[tuple[str, str], ...]:
+    """(question, answer) pairs of the JSON's `questions`, a list of objects with both; () if it has none. Raises BadField
+    for anything else, or a blank one."""
+    listed = meta.get("questions", [])
+    try:
+        pairs = tuple((each["question"], each["answer"]) for each in listed)
+    except (KeyError, TypeError):
+        pairs = ((None, None),)
+    if not all(isinstance(text, str) and text.strip() for pair in pairs for text in pair):
+        raise BadField("bad json", "json holds `questions`, but not as a list of objects with question and answer")
+    return pairs
+
+
 def decode_captions(data: bytes | None, meta: dict) -> tuple[str, ...]:
     """`captions` of the JSON if it has them, else the text; without blank ones. Raises BadField if none is left."""
     if "captions" in meta:

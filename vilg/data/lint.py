@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vilg.data.dataset import INDEX_FOLDER, index_path
-from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta
+from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta, decode_questions
 from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry
 from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, index_shard
 from vilg.data.tar import ShardError
@@ -103,6 +103,10 @@ def _sample_faults(fields: dict[str, bytes], num: int, vocab_size: int) -> Itera
         yield str(error)
     try:
         decode_captions(fields.get("txt"), meta)
+    except BadField as error:
+        yield str(error)
+    try:
+        decode_questions(meta)
     except BadField as error:
         yield str(error)
 

@@ -3,9 +3,12 @@
 - a folder of img2dataset shards, or one `.tar`; `NAME_stats.json` beside a shard says how many pairs it should hold;
 - a folder of images (searched deeply) with `NAME.txt`, `NAME.json` beside `NAME.jpg|png|webp`;
 - a table of captions (`.csv`, `.tsv`, `.jsonl`, or `.json` with a list of objects), images in a folder;
-- a `.json` in the form of COCO's captions (`images`, `annotations`) or of Karpathy's splits (`sentences`).
+- a `.json` in the form of COCO's captions (`images`, `annotations`) or of Karpathy's splits (`sentences`);
+- a table without a column of captions but with `question` and `answer` (or `answers`, a list), as `vilg eval vqa` reads.
 
-Neighbouring rows of one image, and a row with a list, become one pair with several captions.
+Neighbouring rows of one image, and a row with a list, become one pair with several captions. A question with its answer
+counts as the caption `question answer`, so that filters and the text tokenizer see it; training reads `questions` of the
+JSON.
 """
 
 import csv
@@ -14,11 +17,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vilg.config.marked import did_you_mean
 from vilg.data.shards import IMAGE_FIELDS, RAW_FIELDS, ShardReader, index_shard
 from vilg.errors import UserError
+
+Text = TypeVar("Text")  # a caption, or a question with its answer
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 _IMAGE_COLUMNS = ("image", "file_name", "filename", "image_path", "filepath", "file", "path", "img", "image_id")
@@ -116,29 +121,68 @@ def _table(source: Path, table: Table) -> Iterator[Found]:
     if not images.is_dir():
         raise UserError(f"--images {images} is no folder")
     root = images.resolve()
+    rows = _rows(source)
+    if rows is not None and table.caption_column is None:
+        first = next(rows, None)
+        rows = itertools.chain([] if first is None else [first], rows)
+        if first is not None and _asks(first[1]):
+            asked = _grouped(_questions(rows, source, table))
+            return (_pair(source, root, name, [*map(as_caption, each)], each) for name, each in asked)
     return (_pair(source, root, name, captions) for name, captions in read_captions(source, table))
+
+
+def as_caption(question: dict[str, str]) -> str:
+    """A question with its answer, as filters and the text tokenizer see it."""
+    return f"{question['question']} {question['answer']}"
+
+
+def _asks(row: Any) -> bool:
+    """Whether a table's row has a question and its answer rather than a caption."""
+    asks = isinstance(row, dict) and "question" in row and ("answer" in row or "answers" in row)
+    return asks and not any(name in row for name in _CAPTION_COLUMNS)
+
+
+def _questions(
+    rows: Iterable[tuple[int, Any]], source: Path, table: Table
+) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """(image, questions with an answer each) of each row."""
+    column = None
+    for line, row in rows:
+        if not _asks(row):
+            raise UserError(f"{source}:{line}: expected image, question and answer, as in the rows before")
+        column = column or _column(row, source, table.image_column, _IMAGE_COLUMNS, "--image-column")
+        image, question = row.get(column), row["question"]
+        answers = row["answers"] if "answers" in row else [row["answer"]]
+        texts = answers if isinstance(answers, list) else [None]
+        if not all(isinstance(text, str) for text in (image, question, *texts)):
+            raise UserError(f"{source}:{line}: {column}, question and answer should be text, answers a list of texts")
+        yield image, [{"question": question, "answer": text} for text in texts]
 
 
 def read_captions(source: Path, table: Table) -> Iterator[tuple[str, list[str]]]:
     """(image, captions) of a table in any of its forms, as they stand there. Raises UserError."""
     if source.suffix.lower() not in TABLES or not source.is_file():
         raise UserError(f"{source} is no table of captions ({', '.join(TABLES)})")
-    if source.suffix.lower() == ".json":
-        rows = _json_rows(source, table)
-    elif source.suffix.lower() == ".jsonl":
-        rows = _named(_json_lines(source), source, table)
-    else:
-        rows = _named(_csv_lines(source), source, table)
-    return _grouped(rows)
+    rows = _rows(source)
+    return _grouped(_json_rows(source, table) if rows is None else _named(rows, source, table))
 
 
-def _grouped(rows: Iterable[tuple[str, list[str]]]) -> Iterator[tuple[str, list[str]]]:
-    """(image, captions) with the captions of neighbouring rows of one image joined."""
+def _rows(source: Path) -> Iterator[tuple[int, Any]] | None:
+    """(line, row) of a table that has rows; None for the other forms."""
+    if source.suffix.lower() == ".jsonl":
+        return _json_lines(source)
+    return None if source.suffix.lower() == ".json" else _csv_lines(source)
+
+
+def _grouped(rows: Iterable[tuple[str, list[Text]]]) -> Iterator[tuple[str, list[Text]]]:
+    """(image, captions or questions) with those of neighbouring rows of one image joined."""
     for name, group in itertools.groupby(rows, key=lambda row: row[0]):
-        yield name, [caption for _, captions in group for caption in captions]
+        yield name, [text for _, texts in group for text in texts]
 
 
-def _pair(source: Path, root: Path, name: str, captions: list[str]) -> Found:
+def _pair(
+    source: Path, root: Path, name: str, captions: list[str], questions: Sequence[dict[str, str]] = ()
+) -> Found:
     """Reads the image; a table may come from anywhere, so it reads nothing outside the folder of images."""
     try:
         path = (root / name).resolve()
@@ -151,8 +195,9 @@ def _pair(source: Path, root: Path, name: str, captions: list[str]) -> Found:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         return Found(source.name, name, {}, ("no image", f"{name!r}: {error}; see --images"))
     fields = {suffix: image, "txt": _bytes((captions or [""])[0])}
-    if len(captions) > 1:
-        fields["json"] = json.dumps({"captions": captions}).encode()
+    meta = {"captions": captions} if len(captions) > 1 else {}
+    if meta := meta | ({"questions": questions} if questions else {}):
+        fields["json"] = json.dumps(meta).encode()
     return Found(source.name, name, fields)
 
 

@@ -15,12 +15,14 @@ from vilg.data.blend import Blend
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
 from vilg.data.order import WINDOW_SAMPLES, uniforms
 from vilg.errors import UserError
-from vilg.tokens.sequence import Sample, SequenceBatch, SequenceSpec, collate, image_to_text, text_to_image
+from vilg.tokens.sequence import Sample, SequenceBatch, SequenceSpec, answer, collate, text_to_image
 
 MAX_BAD_IN_A_ROW = 100
 MAX_CAPTION_CHARACTERS = 20_000  # longer ones do not fit any text segment; encoding a megabyte would stall the step
 _CACHED_CAPTIONS = 1 << 16
 _DIRECTION, _DROPOUT, _CAPTION = 0, 1, 2  # columns of `uniforms`
+
+Ids = tuple[int, ...]
 
 
 class TextEncoder(Protocol):
@@ -71,7 +73,7 @@ class StepBuilder:
     dataset: TokenDataset | Blend
     text_tokenizer: TextEncoder
     spec: SequenceSpec
-    directions: Literal["both", "alternate"]
+    directions: Literal["both", "alternate", "answer"]
     text_to_image_fraction: float
     caption_dropout: float
     seed: int
@@ -108,8 +110,8 @@ class StepBuilder:
                 sequences: list[Sample] = []
                 for element, number in zip(elements.tolist(), numbers.tolist(), strict=True):
                     chance = chances[element].tolist()
-                    codes, text = self._pair(first + element, number, chance[_CAPTION], bad)
-                    sequences += self._sequences(codes, text, chance)
+                    codes, question, text = self._pair(first + element, number, chance[_CAPTION], bad)
+                    sequences += self._sequences(codes, question, text, chance)
                 arrays.append(_arrays(collate(sequences)))
         except UserError as error:  # handed over as text: a traceback from a worker would bury it
             return StepData([], mine.size, bad, failure=str(error))
@@ -121,8 +123,9 @@ class StepBuilder:
             self.dataset.read_ahead(self._order(np.arange(first, first + 2 * WINDOW_SAMPLES)))
             self._fetched = first + WINDOW_SAMPLES
 
-    def _pair(self, index: int, number: int, chance: float, bad: list[BadSample]) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Codes and caption ids at global index `index`, or those of the next good position in its data set's order.
+    def _pair(self, index: int, number: int, chance: float, bad: list[BadSample]) -> tuple[np.ndarray, Ids, Ids]:
+        """Codes, question and caption or answer at global index `index`, or those of the next good position in its data
+        set's order.
 
         Only the sample at `index` itself is recorded as bad: its followers are recorded at their own index, once.
         """
@@ -133,7 +136,7 @@ class StepBuilder:
             self._reading, self.last_sample = number, time.monotonic()
             try:
                 sample = self.dataset.sample(number)
-                return sample.codes, self._caption(number, sample, chance)
+                return sample.codes, *self._texts(number, sample, chance)
             except SampleError as error:
                 last = error
                 if attempt == 0:
@@ -145,27 +148,35 @@ class StepBuilder:
             f"{self.dataset.folder}`"
         )
 
-    def _caption(self, number: int, sample: TokenSample, chance: float) -> tuple[int, ...]:
-        """Ids of a caption drawn among the sample's, or of the next one that fits; raises SampleError if none does."""
+    def _texts(self, number: int, sample: TokenSample, chance: float) -> tuple[Ids, Ids]:
+        """Ids of a caption drawn among the sample's, behind no question, or of a question with its answer; or of the
+        next one that fits. Raises SampleError if none does."""
+        if self.directions == "answer":
+            kind, texts = "question", list(sample.questions)
+        else:
+            kind, texts = "caption", [("", caption) for caption in sample.captions]
+        if not texts:
+            raise self.dataset.error(number, "no question", "json holds no `questions`, which data.directions asks for")
         room = self.spec.text_slots - 1  # as a target it needs one more slot, for the end token
-        drawn = int(chance * len(sample.captions))
+        drawn = int(chance * len(texts))
         length = "no tokens"
-        for i in range(len(sample.captions)):
-            caption = sample.captions[(drawn + i) % len(sample.captions)]
-            if len(caption) > MAX_CAPTION_CHARACTERS:
-                length = f"{len(caption)} characters"
+        for i in range(len(texts)):
+            source, target = texts[(drawn + i) % len(texts)]
+            if (characters := len(source) + len(target)) > MAX_CAPTION_CHARACTERS:
+                length = f"{characters} characters"
                 continue
-            ids = self._encode(caption)
-            if 0 < len(ids) <= room:
-                return ids
-            length = f"{len(ids)} tokens" if ids else length
+            asked, ids = self._encode(source) if source else (), self._encode(target)
+            count = len(asked) + len(ids)
+            if ids and bool(asked) == bool(source) and count <= room:
+                return asked, ids
+            length = f"{count} tokens" if ids else length
         if length == "no tokens":
-            raise self.dataset.error(number, "empty caption", "the caption has no tokens")
+            raise self.dataset.error(number, f"empty {kind}", f"the {kind} has no tokens")
         raise self.dataset.error(
-            number, "caption too long", f"the caption has {length}, tokens.text_slots leaves room for {room} tokens"
+            number, f"{kind} too long", f"the {kind} has {length}, tokens.text_slots leaves room for {room} tokens"
         )
 
-    def _encode(self, caption: str) -> tuple[int, ...]:
+    def _encode(self, caption: str) -> Ids:
         ids = self._encoded.get(caption)
         if ids is None:
             ids = tuple(self.text_tokenizer.encode(caption))
@@ -174,13 +185,12 @@ class StepBuilder:
                 self._encoded.popitem(last=False)
         return ids
 
-    def _sequences(self, codes: np.ndarray, text: tuple[int, ...], chance: list[float]) -> list[Sample]:
+    def _sequences(self, codes: np.ndarray, question: Ids, text: Ids, chance: list[float]) -> list[Sample]:
+        draws = self.directions != "answer" and chance[_DIRECTION] < self.text_to_image_fraction
+        both = self.directions == "both"
         source = () if chance[_DROPOUT] < self.caption_dropout else text
-        if self.directions == "both":
-            return [text_to_image(self.spec, source, codes), image_to_text(self.spec, text, codes)]
-        if chance[_DIRECTION] < self.text_to_image_fraction:
-            return [text_to_image(self.spec, source, codes)]
-        return [image_to_text(self.spec, text, codes)]
+        drawn = [text_to_image(self.spec, source, codes)] if draws or both else []
+        return drawn if draws and not both else [*drawn, answer(self.spec, question, text, codes)]
 
 
 def _arrays(batch: SequenceBatch) -> dict[str, np.ndarray]:

@@ -108,9 +108,8 @@ def step_recomputed_flops(recipe: Recipe, spec: SequenceSpec) -> float:
 def _of_step(recipe: Recipe, of_sequence: Callable[[bool], float]) -> float:
     """A figure of one sequence (image_is_target -> figure) over all sequences of a step."""
     drawn, written = of_sequence(True), of_sequence(False)
-    share = recipe.data.text_to_image_fraction
-    per_pair = drawn + written if recipe.data.directions == "both" else share * drawn + (1 - share) * written
-    return recipe.batch.global_size * per_pair
+    share, per_pair = recipe.data.drawn_share, 2 if recipe.data.directions == "both" else 1
+    return recipe.batch.global_size * per_pair * (share * drawn + (1 - share) * written)
 
 
 def peak_flops(device: torch.device) -> float | None:

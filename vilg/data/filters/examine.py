@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from vilg.config.ingest import CharactersFilter, IngestRecipe, LanguageFilter, NounFilter, WordsFilter
-from vilg.data.fields import BadField, decode_captions, decode_meta, describe
+from vilg.data.fields import BadField, decode_captions, decode_meta, decode_questions, describe
 from vilg.data.filters import captions as rules
 from vilg.data.filters.duplicates import content_hash, perceptual_hash
 from vilg.data.shards import IMAGE_FIELDS
-from vilg.data.sources import Found
+from vilg.data.sources import Found, as_caption
 from vilg.tokens.vqgan.images import BadImage, decode_image
 
 _PROBE_SIZE = 64  # pixels to which an image is decoded to see whether it can be
@@ -68,6 +68,7 @@ def _read(found: Found) -> Verdict:
         raise BadField("no image", "has no image")
     meta = decode_meta(found.fields.get("json"))
     captions = decode_captions(found.fields.get("txt"), meta)
+    decode_questions(meta)
     unique = tuple(dict.fromkeys(caption.strip() for caption in captions))
     return Verdict(captions=unique, several="captions" in meta, image_field=image_field, meta=meta)
 
@@ -85,7 +86,10 @@ def _judge_captions(recipe: IngestRecipe, verdict: Verdict) -> Verdict:
     verdict = replace(verdict, measures=measures)
     if not kept:
         return verdict.dropped(*lost[0])
-    return replace(verdict, captions=tuple(kept), lost=tuple(reason for reason, _ in lost))
+    fell, meta = set(verdict.captions) - set(kept), verdict.meta
+    if fell and "questions" in meta:  # a question of a table goes with the caption that it counts as
+        meta = meta | {"questions": [each for each in meta["questions"] if as_caption(each).strip() not in fell]}
+    return replace(verdict, captions=tuple(kept), lost=tuple(reason for reason, _ in lost), meta=meta)
 
 
 def _caption_fault(recipe: IngestRecipe, caption: str, measures: dict[str, float | str]) -> tuple[str, str] | None:

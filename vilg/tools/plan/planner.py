@@ -243,7 +243,7 @@ def _work(place: _Place, first: int, stop: int, parameters: int) -> Work:
     parallel, config, stage = recipe.parallel, recipe.model, zero_stage(place.zero)
     tensor, hidden, pipeline = parallel.tensor, config.hidden_size, parallel.pipeline
     slots = place.sequences * spec.num_slots
-    costs, again = _costs(config, spec, parallel.recompute, parallel.recompute_every, _drawn_share(recipe))
+    costs, again = _costs(config, spec, parallel.recompute, parallel.recompute_every, recipe.data.drawn_share)
     blocks = min(stop, config.num_layers + 1) - max(first, 1)
     again_blocks = sum(1 for cost in again[first:stop] if cost)
     whole = (10 + (4 if tensor > 1 else 0) + (4 if config.sandwich_norm else 0) + (6 if config.dropout else 0)) * hidden
@@ -290,7 +290,3 @@ def _costs(
             costs[layer] += share * (forward[layer] + slower)
             again[layer] += share * (repeated[layer] + (slower if repeated[layer] else 0))
     return costs, again
-
-
-def _drawn_share(recipe: Recipe) -> float:
-    return 0.5 if recipe.data.directions == "both" else recipe.data.text_to_image_fraction
