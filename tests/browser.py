@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 PATIENCE = 60.0  # seconds until what a test waits for has to be there
@@ -22,6 +23,11 @@ PATIENCE = 60.0  # seconds until what a test waits for has to be there
 def find_chromium() -> str | None:
     """The program, if this machine has one."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+needs_chromium = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium here (Debian: apt-get install chromium-headless-shell)"
+)
 
 
 class Page:

@@ -55,6 +55,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("eval fid", "vilg.evaluate.fid:main", "FID and Inception Score of pictures, rFID of an image tokenizer"),
         Command("eval vqa", "vilg.evaluate.vqa:main", "exact match of answers to questions about pictures"),
         Command("eval clip", "vilg.evaluate.clip:main", "how well drawn pictures fit their prompts, by a CLIP model"),
+        Command("eval rating-sheet", "vilg.evaluate.rating.sheet:main", "blinded sheets on which people rate what models made"),
+        Command("eval rating-tally", "vilg.evaluate.rating.tally:main", "means, intervals and agreement of filled sheets"),
         Command("eval scenes", "vilg.demo.evaluate:main", "score an export on the demo's scenes, both directions"),
     ),
 }

@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser import Page, chromium_page, find_chromium
+from tests.browser import Page, chromium_page, find_chromium, needs_chromium
 from tests.export_support import write_export
 from tests.serve_support import occupied, running_server
-
-needs_chromium = pytest.mark.skipif(
-    find_chromium() is None, reason="no Chromium here (Debian: apt-get install chromium-headless-shell)"
-)
 
 
 def on_the_page(tmp_path: Path, scenario, *, busy: bool = False, **view) -> list[str]:

@@ -1,0 +1,1 @@
+"""Ratings by people: blinded sheets that a browser shows, and what they add up to."""
