@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -98,8 +99,9 @@ async def chromium_page(program: str, profile: Path) -> AsyncIterator[Page]:
     log = profile / "chromium.log"
     with open(log, "wb") as stream:
         process = subprocess.Popen(
-            [program, *options, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"], stdout=stream, stderr=stream
-        )
+            [program, *options, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"],
+            stdout=stream, stderr=stream, start_new_session=True,
+        )  # fmt: skip
     try:
         port = await _port(profile / "DevToolsActivePort", process, log)
         async with aiohttp.ClientSession() as session:
@@ -108,7 +110,7 @@ async def chromium_page(program: str, profile: Path) -> AsyncIterator[Page]:
             async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 yield Page(socket)
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # the program may be a script, whose end would leave the browser running
         process.wait(PATIENCE)
 
 

@@ -16,6 +16,9 @@ from vilg.inference.generate import draw_images
 from vilg.inference.load import load_model
 from vilg.inference.sampling import SamplingConfig
 from vilg.inference.serve.command import main
+from vilg.inference.serve.requests import ImagesRequest
+from vilg.inference.serve.work import Limits, plan_images
+from vilg.inference.serve.worker import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -79,27 +82,44 @@ def test_a_stream_counts_up_shows_half_drawn_pictures_and_ends_with_the_result(r
     assert last == plain
 
 
+class FakeJob:
+    """Notes what a job says of itself, and is to stop after `steps` of them."""
+
+    def __init__(self, steps: int = 10_000):
+        self.seen, self.steps = [], steps
+
+    def check(self):
+        if len(self.seen) == self.steps:
+            raise Stopped
+
+    def report(self, progress):
+        self.seen.append(progress)
+
+
 def test_half_drawn_pictures_hold_the_rows_drawn_so_far(running, folder):
     """Called as the worker calls it, since a stream may skip what comes faster than it is read."""
-    from vilg.inference.serve.requests import ImagesRequest
-    from vilg.inference.serve.work import Limits, plan_images
-
-    class Listening:
-        seen: list = []
-
-        def check(self):
-            pass
-
-        def report(self, progress):
-            self.seen.append(progress)
-
     request = ImagesRequest(prompt="a cat", n=5, stream=True, partial_images=3, seed=1)
-    result = plan_images(load_model(folder), request, Limits(batch=3))(Listening())
-    assert [p.done for p in Listening.seen] == [3 * n for n in range(1, 17)] + [48 + 2 * n for n in range(1, 17)]
-    assert {p.total for p in Listening.seen} == {80}
-    shown = {(p.first, len(p.previews), Image.open(io.BytesIO(p.previews[0])).height) for p in Listening.seen if p.previews}
+    job = FakeJob()
+    result = plan_images(load_model(folder), request, Limits(batch=3))(job)
+    assert [p.done for p in job.seen] == [3 * n for n in range(1, 17)] + [48 + 2 * n for n in range(1, 17)]
+    assert {p.total for p in job.seen} == {80}
+    shown = {(p.first, len(p.previews), Image.open(io.BytesIO(p.previews[0])).height) for p in job.seen if p.previews}
     assert shown == {(0, 3, 4), (0, 3, 8), (0, 3, 12), (3, 2, 4), (3, 2, 8), (3, 2, 12)}
     assert len(result["data"]) == 5
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_progress_is_that_of_the_kernels_and_work_stops_in_its_midst(folder):
+    bundle = load_model(folder, device="cuda")
+    request = ImagesRequest(prompt="a cat", n=4, stream=True, partial_images=1, seed=1)
+    job = FakeJob()
+    assert len(plan_images(bundle, request, Limits())(job)["data"]) == 4
+    assert [p.done for p in job.seen] == [4 * n for n in range(1, 17)] and len(job.seen[-1].previews) == 4
+    stopped = FakeJob(steps=5)
+    with pytest.raises(Stopped):
+        plan_images(bundle, request, Limits())(stopped)
+    assert len(stopped.seen) == 5
+    plan_images(bundle, request, Limits())(FakeJob())  # and can begin anew
 
 
 @pytest.mark.parametrize("form", ["base64", "data URL", "file"])
@@ -184,12 +204,15 @@ def test_a_text_that_does_not_fit_is_cut_on_request(running):
         ("POST", IMAGES, b"{", {"Content-Type": "application/json"}, 400, "invalid_json"),
         ("POST", IMAGES, b"[" * 50_000, {"Content-Type": "application/json"}, 400, "invalid_json"),
         ("POST", IMAGES, b"\xff", {"Content-Type": "application/json"}, 400, "invalid_json"),
+        ("POST", CAPTIONS, b"hello", {"Content-Type": "multipart/form-data"}, 400, "invalid_form"),
+        ("POST", CAPTIONS, b"hello", {"Content-Type": "multipart/form-data; boundary=x"}, 400, "invalid_form"),
         ("POST", IMAGES, b"{}", {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
         ("POST", CAPTIONS, {"image": "A" * 300_000}, {}, 413, "request_entity_too_large"),
         ("POST", IMAGES, {"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found"),
         ("GET", "/v1/nothing", None, {}, 404, "not_found"),
         ("GET", IMAGES, None, {}, 405, "method_not_allowed"),
         ("GET", "/", None, {"Host": "evil.example"}, 403, "forbidden_host"),
+        ("GET", "/", None, {"Host": "[::1"}, 403, "forbidden_host"),
         ("POST", IMAGES, {"prompt": "a"}, {"Origin": "https://evil.example"}, 403, "forbidden_origin"),
     ],
 )

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from vilg.errors import UserError
 from vilg.evaluate.clip import drawn_pictures
 from vilg.evaluate.rating.kinds import KINDS, Kind
+from vilg.inference.options import read_lines
 from vilg.tokens.files import write_atomically
 
 FORMAT_VERSION = 1
@@ -93,7 +94,7 @@ def read_system(kind: str, path: Path, images: Path) -> dict[Key, Output]:
         for picture, prompt in drawn_pictures(path):
             found.setdefault((prompt,), Output(picture, {"prompt": prompt}))  # the best one comes first
         return found
-    for number, entry in read_lines(path, (*KINDS[kind].key, *KINDS[kind].shown)):
+    for number, entry in read_objects(path, (*KINDS[kind].key, *KINDS[kind].shown), option="--system"):
         key = tuple(entry[field] for field in KINDS[kind].key)
         if key in found:
             raise UserError(f"{path}:{number}: {' / '.join(key)} stands there twice")
@@ -104,7 +105,7 @@ def read_system(kind: str, path: Path, images: Path) -> dict[Key, Output]:
 def read_items(path: Path, kind: Kind) -> dict[Key, str | None]:
     """Category by input. Raises UserError naming file and line."""
     found: dict[Key, str | None] = {}
-    for number, entry in read_lines(path, kind.key):
+    for number, entry in read_objects(path, kind.key, option="--items"):
         key = tuple(entry[field] for field in kind.key)
         category = entry.get("category")
         if key in found:
@@ -115,26 +116,21 @@ def read_items(path: Path, kind: Kind) -> dict[Key, str | None]:
     return found
 
 
-def read_lines(path: Path, fields: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
-    """(number from 1, object) of each line of a JSONL file that is not blank; `fields` are texts in each. Raises UserError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}; expected JSONL with {', '.join(fields)}") from None
+def read_objects(path: Path, fields: Sequence[str], *, option: str) -> list[tuple[int, dict[str, Any]]]:
+    """(number from 1, object) of each line of a JSONL file; `fields` are texts in each. Raises UserError."""
+    expected = f"an object with {', '.join(fields)} a line"
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path, option=option, expected=expected):
         try:
             entry = json.loads(line)
             complete = all(isinstance(entry[field], str) for field in fields)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: expected an object with {', '.join(fields)} ({error!r})") from None
+            raise UserError(f"{path}:{number}: expected {expected} ({error!r})") from None
         if not complete:
             raise UserError(f"{path}:{number}: {', '.join(fields)} should be texts")
         found.append((number, entry))
     if not found:
-        raise UserError(f"{path}: is empty; expected JSONL with {', '.join(fields)}")
+        raise UserError(f"{option} {path}: is empty; expected {expected}")
     return found
 
 

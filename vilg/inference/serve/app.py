@@ -182,10 +182,10 @@ class Server:
         at 127.0.0.1, so a server of this machine answers to local names only.
         """
         host = request.host
-        if self.local and not is_local(urlsplit(f"//{host}").hostname or ""):
+        if self.local and not is_local(_name_in(host)):
             raise ApiError(403, "forbidden_host", f"Host {host}: this server answers to localhost only; see --host")
         origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "forbidden_origin", f"Origin {origin}: pages of other sites may not use this server")
         return await handler(request)
 
@@ -234,7 +234,10 @@ async def _file(name: str, kind: str, request: web.Request) -> web.Response:
 async def _fields(request: web.Request) -> Any:
     """The fields of a JSON body or a form. Raises ApiError."""
     if request.content_type == "multipart/form-data":
-        form = await request.post()
+        try:
+            form = await request.post()
+        except ValueError as error:
+            raise ApiError(400, "invalid_form", f"the body is no multipart form: {error}") from None
         return {name: await _value(name, value) for name, value in form.items()}
     if request.content_type != "application/json":
         message = f"Content-Type {request.content_type}: send application/json, or multipart/form-data with the image as a file"
@@ -262,6 +265,14 @@ def _progress_json(progress: Progress, *, pictures: bool) -> dict[str, Any]:
 def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     text = json.dumps(content, ensure_ascii=False)
     return web.Response(text=text, status=status, content_type="application/json", headers=headers)
+
+
+def _name_in(netloc: str) -> str:
+    """`[::1]:80` -> `::1`; nothing for what is no host."""
+    try:
+        return urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_local(host: str) -> bool:
