@@ -36,6 +36,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("tokenizer train-image", "vilg.tokens.vqgan.train:main", "train the image tokenizer (VQGAN)"),
         Command("data tokenize", "vilg.data.tokenize:main", "encode pairs into token shards"),
         Command("data lint", "vilg.data.lint:main", "check token shards against their manifest"),
+        Command("data index", "vilg.data.index_command:main", "make the indices that token shards lack, in parallel"),
     ),
     "2. Training": (
         Command("plan", "vilg.tools.plan:main", "parameters, memory and work of a recipe, without running it"),

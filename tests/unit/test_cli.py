@@ -42,7 +42,7 @@ def test_every_command_explains_its_options(words, capsys):
         (["trian", "recipe.yaml"], "there is no command 'trian'; did you mean 'train'?"),
         (["data", "tokenise"], "there is no command 'data tokenise'; did you mean 'data tokenize'?"),
         (["dta", "tokenize"], "there is no command 'dta tokenize'; did you mean 'data tokenize'?"),
-        (["data"], "'data' needs one word more: data ingest, data tokenize, data lint"),
+        (["data"], "'data' needs one word more: data ingest, data tokenize, data lint, data index"),
         (["eval", "--help"], "'eval' needs one word more: eval caption, eval fid, eval vqa, eval clip, eval rating-sheet, eval rating-tally, eval scenes"),
         (["qqqq"], "there is no command 'qqqq'; vilg --help lists them"),
     ],

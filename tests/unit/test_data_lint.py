@@ -116,15 +116,6 @@ def test_the_dataset_refuses_missing_cut_and_replaced_shards(folder):
         TokenDataset.open(folder)
 
 
-def test_an_index_may_lie_elsewhere_and_one_that_cannot_be_saved_is_kept_in_memory(tmp_path):
-    make_shards(tmp_path / "data", [4])
-    dataset = TokenDataset.open(tmp_path / "data", index_folder=tmp_path / "elsewhere")
-    assert dataset.read(2)[1] == "2" and (tmp_path / "elsewhere" / "00000.tar.idx").exists()
-    assert not (tmp_path / "data" / "index").exists()
-    (tmp_path / "data" / "index").write_bytes(b"a file where a folder should be")  # as unwritable as read-only data
-    assert TokenDataset.open(tmp_path / "data").read(3)[1] == "3"
-
-
 def test_manifest_survives_saving_and_its_hash_covers_everything(folder):
     manifest = Manifest.load(folder)
     assert (manifest.num_samples, manifest.grid, manifest.image_vocab_size) == (7, GRID, CODES)

@@ -92,7 +92,9 @@ class DataConfig(Section):
         0.1, description="Share of text -> image samples whose caption is emptied, for classifier-free guidance."
     )
     cache_dir: Path | None = Field(
-        None, description="Folder on the node's own disk for what is read from URLs; all ranks of a node share it."
+        None,
+        description="Folder on the node's own disk, shared by its ranks: what is read from URLs, and indices of shards "
+        "in a folder that cannot be written.",
     )
     cache_gib: float = Field(20.0, gt=0, description="GiB that data.cache_dir may take on a node, without indices.")
     workers: int = Field(0, ge=0, description="Reader processes per rank; 0 reads in the training process.")

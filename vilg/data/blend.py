@@ -38,7 +38,7 @@ def open_data(config: DataConfig) -> "TokenDataset | Blend":
 
 def _open(place: Path | str, config: DataConfig) -> TokenDataset:
     if isinstance(place, Path):
-        return TokenDataset.open(place)
+        return TokenDataset.open(place, cache_dir=config.cache_dir)
     return RemoteDataset.open(place, cache_dir=config.cache_dir, cache_bytes=int(config.cache_gib * 2**30))
 
 

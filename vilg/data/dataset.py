@@ -50,9 +50,8 @@ class TokenDataset:
 
     is_remote = False  # then `read_ahead` (of `remote.py`) wants to know what comes next
 
-    def __init__(self, folder: Path, manifest: Manifest, index_folder: Path | None):
-        self.folder, self.manifest = folder, manifest
-        self.index_folder = index_folder if index_folder is not None else folder / INDEX_FOLDER
+    def __init__(self, folder: Path, manifest: Manifest, index_folders: tuple[Path, ...]):
+        self.folder, self.manifest, self.index_folders = folder, manifest, index_folders
         self.manifest_hash = manifest.hash
         self.num_samples = manifest.num_samples
         self._ends = list(itertools.accumulate(shard.samples for shard in manifest.shards))
@@ -61,11 +60,11 @@ class TokenDataset:
         self._verified: dict[int, tuple[int, int]] = {}  # shard -> (mtime_ns, inode) whose fingerprint was right
 
     @staticmethod
-    def open(folder: Path | str, *, index_folder: Path | str | None = None) -> "TokenDataset":
+    def open(folder: Path | str, *, cache_dir: Path | None = None) -> "TokenDataset":
         """Read and check the manifest and the sizes of the shards.
 
-        index_folder: where shard indices lie or will be written (default: `folder/index`). The data may be read-only:
-        an index that cannot be written is kept in memory. Raises UserError naming the file at fault.
+        Indices lie in `folder/index`. The data may be read-only: one that is missing there is looked for, or made and
+        written, under `cache_dir`; without that it is kept in memory. Raises UserError naming the file at fault.
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -78,10 +77,11 @@ class TokenDataset:
                 raise ShardError(folder / shard.name, f"is in the manifest, but: {error.strerror}") from None
             if size != shard.bytes:
                 raise ShardError(folder / shard.name, f"has {size} bytes, the manifest says {shard.bytes}")
-        return TokenDataset(folder, manifest, Path(index_folder) if index_folder is not None else None)
+        spare = (spare_index_folder(cache_dir, manifest),) if cache_dir is not None else ()
+        return TokenDataset(folder, manifest, (folder / INDEX_FOLDER, *spare))
 
     def __reduce__(self):
-        return TokenDataset, (self.folder, self.manifest, self.index_folder)
+        return TokenDataset, (self.folder, self.manifest, self.index_folders)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -170,8 +170,7 @@ class TokenDataset:
         if number in self._indices:
             return self._indices[number]
         entry = self.manifest.shards[number]
-        saved = index_path(self.index_folder, entry.name)
-        if saved.exists():
+        if (saved := self.saved_index(number)) is not None:
             index = ShardIndex.load(saved)
             if (index.bytes, index.sha256, len(index)) != (entry.bytes, entry.sha256, entry.samples):
                 raise ShardError(saved, f"is the index of another {entry.name} than the manifest's; delete it")
@@ -183,11 +182,24 @@ class TokenDataset:
         index = index_shard(path, TOKEN_FIELDS, sha256=found)
         if len(index) != entry.samples:
             raise ShardError(path, f"holds {len(index)} samples, the manifest says {entry.samples}")
-        try:
-            index.save(saved)
-        except (UserError, OSError):  # read-only data and no index folder of our own: slower, not wrong
-            self._indices[number] = index
+        for folder in self.index_folders:
+            try:
+                index.save(index_path(folder, entry.name))
+                return index
+            except (UserError, OSError):  # read-only data
+                continue
+        self._indices[number] = index  # slower, not wrong: each process makes its own
         return index
+
+    def saved_index(self, number: int) -> Path | None:
+        """Where the index of a shard lies; None if it was not saved."""
+        places = (index_path(folder, self.manifest.shards[number].name) for folder in self.index_folders)
+        return next((place for place in places if place.exists()), None)
+
+
+def spare_index_folder(cache_dir: Path, manifest: Manifest) -> Path:
+    """Where indices go that cannot lie beside their shards: the same for the same data in another place."""
+    return Path(cache_dir) / manifest.hash[:16] / INDEX_FOLDER
 
 
 def index_path(index_folder: Path, shard_name: str) -> Path:

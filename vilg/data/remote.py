@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vilg.data.dataset import INDEX_FOLDER, TokenDataset, index_path
+from vilg.data.dataset import INDEX_FOLDER, TokenDataset, index_path, spare_index_folder
 from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry
 from vilg.data.order import BLOCK_SAMPLES, WINDOW_SAMPLES
 from vilg.data.pieces import PieceCache
@@ -94,8 +94,7 @@ class RemoteDataset(TokenDataset):
     is_remote = True
 
     def __init__(self, url: Url, manifest: Manifest, cache_dir: Path, cache_bytes: int):
-        home = Path(cache_dir) / manifest.hash[:16]  # the same data from another place find their pieces again
-        super().__init__(url, manifest, home / INDEX_FOLDER)
+        super().__init__(url, manifest, (spare_index_folder(cache_dir, manifest),))
         self.cache_dir, self.cache_bytes = Path(cache_dir), cache_bytes
         self.cache = PieceCache(Path(cache_dir) / "pieces", cache_bytes)
         self._pieces: OrderedDict[str, int] = OrderedDict()  # name -> descriptor
@@ -133,8 +132,9 @@ class RemoteDataset(TokenDataset):
     def shard_index(self, number: int) -> ShardIndex:
         """As of a local folder; kept under the cache directory (28 bytes a sample, beside `data.cache_gib`)."""
         entry = self.manifest.shards[number]
-        saved, shard = index_path(self.index_folder, entry.name), self.folder / entry.name
-        if not saved.exists():
+        shard = self.folder / entry.name
+        if self.saved_index(number) is None:
+            saved = index_path(self.index_folders[0], entry.name)
             self._fetch_index(index_path(Url(self.folder / INDEX_FOLDER), entry.name), shard, entry, saved)
         return super().shard_index(number)
 
