@@ -66,6 +66,12 @@ def test_a_place_is_that_of_torchrun_or_of_a_job_step():
     assert place(step | {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "2"}) == (5, 6, 2)
 
 
+@pytest.mark.parametrize("device, message", [("gpu", "is none that tokenizes"), ("cuda:99", "is not there: . GPUs are")])
+def test_a_device_that_is_not_there_is_a_clear_error(job, device, message):
+    with pytest.raises(UserError, match=f"--device {device} {message}"):
+        main(arguments(job, "devices", "--device", device))
+
+
 def test_a_mistake_that_a_process_meets_is_the_jobs(job, tmp_path):
     make_raw(tmp_path / "raw", [40, 40], lambda n, f: f | {"png": b"broken"} if n >= 40 else f)
     (tmp_path / "model").symlink_to(job / "model")

@@ -208,7 +208,13 @@ def place(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 def _devices(wanted: str | None, processes: int | None, local_rank: int | None, shards: Sequence[Path]) -> list[str]:
     """The device of each process of this machine. local_rank: there is a process a rank already."""
-    gpus = torch.cuda.device_count() if wanted in (None, "cuda") else 0
+    present = torch.cuda.device_count()
+    kind, _, number = (wanted or "cpu").partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdigit():
+        raise UserError(f"--device {wanted} is none that tokenizes; use cpu, cuda or a GPU's number like cuda:1")
+    if kind == "cuda" and int(number or 0) >= present:
+        raise UserError(f"--device {wanted} is not there: {present} GPUs are seen; use cpu, or look at `vilg env`")
+    gpus = present if wanted in (None, "cuda") else 0
     devices = [f"cuda:{number}" for number in range(gpus)] or [wanted or "cpu"]
     if local_rank is not None:
         devices = [devices[local_rank % len(devices)]]
