@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vilg.demo.run import Stage, main, read_train_recipe, recipes_folder, run_stages, stages
+from vilg.demo.run import Stage, main, precision_option, read_train_recipe, recipes_folder, run_stages, stages
 from vilg.errors import UserError
+from vilg.parallel import precision
 
 VERSION = ("vilg", "--version")
 
@@ -63,6 +64,23 @@ def test_every_scale_has_its_recipes(tmp_path, scale):
         assert stage.command[0] in ("vilg", "torchrun")
         for recipe in stage.recipes:
             assert recipe.is_file()
+
+
+@pytest.mark.parametrize("flags, option", [
+    ("flags : fpu avx2 avx512_bf16 erms", ()),
+    ("Features : fp asimd bf16", ()),
+    ("flags : fpu avx2", ("--precision=fp32",)),
+])  # fmt: skip
+def test_training_is_fp32_where_bf16_would_be_emulated(flags, option, tmp_path, monkeypatch, capsys):
+    processor = tmp_path / "cpuinfo"
+    processor.write_text(f"processor : 0\n{flags}\n")
+    monkeypatch.setattr(precision.computes_bf16, "__defaults__", (processor,))
+    monkeypatch.setattr(precision.torch.cuda, "is_available", lambda: False)
+    recipe = read_train_recipe(recipes_folder("demo"), 2)
+    assert precision_option(recipe) == option
+    assert ("training in fp32" in capsys.readouterr().out) == bool(option)
+    plan = stages(tmp_path, recipes_folder("demo"), seed=0, processes=2, prompts=["a"], training=option)
+    assert [set(option) <= set(stage.command) for stage in plan if stage.name == "train"] == [True]
 
 
 def test_a_stage_whose_product_was_deleted_runs_again(tmp_path, capfd):

@@ -55,10 +55,11 @@ class Stage:
 
 
 def stages(
-    out: Path, recipes: Path, *, seed: int, processes: int, prompts: Sequence[str], evaluation: Sequence[str] = ()
-) -> list[Stage]:
+    out: Path, recipes: Path, *, seed: int, processes: int, prompts: Sequence[str],
+    training: Sequence[str] = (), evaluation: Sequence[str] = (),
+) -> list[Stage]:  # fmt: skip
     """The demo's commands in order. `recipes` holds scenes.yaml, image_tokenizer.yaml and train.yaml; `prompts` are
-    drawn at the end; `evaluation` are further options of the evaluation."""
+    drawn at the end; `training` and `evaluation` are further options of these two."""
     raw, tokens, export = out / "raw", out / "tokens", out / "export"
     scenes, image, train = (recipes / name for name in ("scenes.yaml", "image_tokenizer.yaml", "train.yaml"))
     alone = ("vilg",)
@@ -79,7 +80,7 @@ def stages(
          tokens / "manifest.json"),
         ("train", "Train the transformer in both directions",
          (*together, "train", train, f"--run_dir={out / 'run'}", f"--seed={seed}", f"--data.train={tokens}",
-          f"--tokens.text_model={text_model}", f"--tokens.image_model={image_model}"), (train,),
+          f"--tokens.text_model={text_model}", f"--tokens.image_model={image_model}", *training), (train,),
          out / "run" / "DONE"),
         ("export", "Convert the sharded checkpoint into one folder for inference",
          (*alone, "export", out / "run", "--out", export, "--overwrite"), (), export / "config.json"),
@@ -210,6 +211,16 @@ def read_train_recipe(folder: Path, processes: int) -> Recipe:
     return load_recipe(folder / "train.yaml", world_size=processes)
 
 
+def precision_option(recipe: Recipe) -> tuple[str, ...]:
+    """The recipe's bf16, or fp32 said aloud where the processor would have to emulate it."""
+    from vilg.parallel.precision import computes_bf16  # imports torch
+
+    if recipe.precision == "fp32" or computes_bf16():
+        return ()
+    print("this processor has no bf16 arithmetic, which torch would emulate eight times slower: training in fp32")
+    return ("--precision=fp32",)
+
+
 def main(argv: Sequence[str]) -> int:
     """From clone to pictures and captions: every stage in turn, a sheet, a report."""
     parser = argparse.ArgumentParser(prog="vilg demo", description=main.__doc__)
@@ -225,10 +236,12 @@ def main(argv: Sequence[str]) -> int:
     out = args.out or Path("runs") / scale
     processes = (1 if args.gpu_size else 2) if args.processes is None else args.processes
     recipes = recipes_folder(scale)
-    prompts = read_train_recipe(recipes, processes).samples.prompts[:2]
+    recipe = read_train_recipe(recipes, processes)
     out.mkdir(parents=True, exist_ok=True)
-    evaluation = FAST_EVALUATION if args.fast else ()
-    plan = stages(out, recipes, seed=args.seed, processes=processes, prompts=prompts, evaluation=evaluation)
+    plan = stages(
+        out, recipes, seed=args.seed, processes=processes, prompts=recipe.samples.prompts[:2],
+        training=precision_option(recipe), evaluation=FAST_EVALUATION if args.fast else (),
+    )  # fmt: skip
     measured = run_stages(plan, out / "stages.json")
     from vilg.demo.report import write_report
 
