@@ -87,6 +87,14 @@ def test_each_bad_sample_is_named_by_shard_and_key(tmp_path):
     assert faults(tmp_path, fast=True) == []  # which looks at no sample
 
 
+def test_several_processes_find_the_same_faults_in_the_same_order(tmp_path):
+    spoil = lambda number, fields: fields | {"json": b"{"} if number % 3 == 1 else fields  # noqa: E731
+    folder = make_shards(tmp_path, [5, 4, 6], spoil)
+    (folder / "00001.tar").unlink()
+    expected = faults(folder)
+    assert len(expected) == 5 and faults(folder, workers=2) == expected
+
+
 def test_grouping_faults_are_all_named(tmp_path):
     with ShardWriter(tmp_path / "00000.tar") as writer:
         writer.write("a", sample_fields(0))

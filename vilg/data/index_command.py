@@ -5,17 +5,14 @@ read all of it, at the same time as the others.
 """
 
 import argparse
-import multiprocessing
-import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from vilg.data.children import end_with_parent
+from vilg.data.children import cores, mapped
 from vilg.data.dataset import TokenDataset
 from vilg.errors import UserError
 
@@ -27,29 +24,25 @@ def make_indices(folder: Path, *, cache_dir: Path | None = None, workers: int = 
     where `folder` cannot be written (`data.cache_dir` of the recipes that read it). workers: processes; 0 is this one.
     Raises UserError naming a damaged shard, or the folder if an index can be saved nowhere.
     """
-    dataset = TokenDataset.open(folder, cache_dir=cache_dir)
-    missing = [number for number in range(len(dataset.manifest.shards)) if dataset.saved_index(number) is None]
-    shown = dict(total=len(missing), unit="shard", desc="index", disable=not (progress and sys.stderr.isatty()))
-    if workers == 0:
-        for _ in tqdm(map(partial(_make, dataset), missing), **shown):
-            pass
-        return len(missing)
-    context = multiprocessing.get_context("spawn")  # not forked: torch may have threads by now
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        try:
-            for _ in tqdm(pool.map(partial(_make, dataset), missing), **shown):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    data = TokenDataset.open(folder, cache_dir=cache_dir)
+    shards = data.manifest.shards
+    # One shard each: sending the whole manifest along with every shard would take longer than the work.
+    missing = [
+        TokenDataset(data.folder, replace(data.manifest, shards=(shard,)), data.index_folders)
+        for number, shard in enumerate(shards)
+        if data.saved_index(number) is None
+    ]
+    made = mapped(_make, missing, workers=workers)
+    for _ in tqdm(made, total=len(missing), unit="shard", desc="index", disable=not (progress and sys.stderr.isatty())):
+        pass
     return len(missing)
 
 
-def _make(dataset: TokenDataset, number: int) -> None:
-    dataset.shard_index(number)
-    if dataset.saved_index(number) is None:
+def _make(shard: TokenDataset) -> None:
+    shard.shard_index(0)
+    if shard.saved_index(0) is None:
         raise UserError(
-            f"{' and '.join(map(str, dataset.index_folders))} cannot be written to; name another place with --cache-dir"
+            f"{' and '.join(map(str, shard.index_folders))} cannot be written to; name another place with --cache-dir"
         )
 
 
@@ -60,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of token shards with manifest.json")
     parser.add_argument("--cache-dir", type=Path, help="for indices where DIR cannot be written: data.cache_dir")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help="processes (default: a core each; 0: this one)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: a core each; 0: this one)")
     options = parser.parse_args(argv)
     if options.workers < 0:
         raise UserError("--workers must be 0 or more")

@@ -9,15 +9,14 @@ number of processes.
 import argparse
 import itertools
 import json
-import multiprocessing
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from vilg.config import IngestRecipe, load_ingest_recipe, take_overrides
-from vilg.data.children import end_with_parent
+from vilg.data.children import pool
 from vilg.data.filters.examine import Verdict, examine
 from vilg.data.filters.similarity import Scorer
 from vilg.data.filters.together import Judge
@@ -112,12 +111,10 @@ def _examined(pairs: Iterable[Found], recipe: IngestRecipe, workers: int) -> Ite
         for chunk in chunks:
             yield from zip(chunk, examine(recipe, chunk), strict=True)
         return
-    # Not forked: torch may have threads by now.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+    with pool(workers) as processes:
         waiting: deque[tuple[list[Found], Future]] = deque()
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(examine, recipe, chunk)))
+            waiting.append((chunk, processes.submit(examine, recipe, chunk)))
             if len(waiting) >= workers * _AHEAD:
                 yield from _finished(waiting)
         while waiting:

@@ -7,26 +7,37 @@ what passes here is what the loader can read.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
+from vilg.data.children import cores, mapped
 from vilg.data.dataset import INDEX_FOLDER, index_path
 from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta, decode_questions
 from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry
 from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, index_shard
 from vilg.data.tar import ShardError
+from vilg.errors import UserError
+
+_WORTH_PROCESSES = 1 << 30  # bytes of shards from which on several processes look at them by default
 
 
 def lint(
-    folder: Path, *, fast: bool = False, progress: bool = True, image_tokenizer_hash: str | None = None
+    folder: Path,
+    *,
+    fast: bool = False,
+    progress: bool = True,
+    image_tokenizer_hash: str | None = None,
+    workers: int = 0,
 ) -> Iterator[str]:
     """Yield one line per fault of the token shards in `folder`.
 
     Checks the manifest, sizes, SHA-256, tar structure, grouping, and of every sample codes (dtype, shape, range), JSON
     and captions (UTF-8, not blank). fast: manifest, sizes, saved indices and quick fingerprints only; where a shard has
     no saved index its headers are walked. image_tokenizer_hash: of the tokenizer that should have made them, checked
-    against the manifest if given. Raises UserError if there is no readable manifest.
+    against the manifest if given. workers: processes, each with a shard at a time; 0 is this one. Raises UserError if
+    there is no readable manifest.
     """
     folder = Path(folder)
     manifest = Manifest.load(folder)
@@ -39,20 +50,30 @@ def lint(
     for path in sorted(folder.glob("*.tar")):
         if path.name not in listed:
             yield f"{path}: is not in the manifest; it would never be read"
-    for entry in tqdm(manifest.shards, unit="shard", desc="lint", disable=not (progress and sys.stderr.isatty())):
-        path = folder / entry.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            yield f"{path}: is in the manifest, but: {error.strerror}"
-            continue
-        if size != entry.bytes:
-            yield f"{path}: has {size} bytes, the manifest says {entry.bytes}"
-        if not fast and (found := file_sha256(path)) != entry.sha256:
-            yield f"{path}: SHA-256 is {found}, the manifest says {entry.sha256}"
-        yield from _index_faults(folder, entry)
-        if not (fast and index_path(folder / INDEX_FOLDER, entry.name).exists()):
-            yield from _content_faults(path, entry, manifest, samples=not fast)
+    check = partial(_shard_faults, folder, codes=manifest.grid[0] * manifest.grid[1],
+                    vocab_size=manifest.image_vocab_size, fast=fast)  # fmt: skip
+    checked = mapped(check, manifest.shards, workers=workers)
+    shown = dict(total=len(manifest.shards), unit="shard", desc="lint", disable=not (progress and sys.stderr.isatty()))
+    for faults in tqdm(checked, **shown):
+        yield from faults
+
+
+def _shard_faults(folder: Path, entry: ShardEntry, *, codes: int, vocab_size: int, fast: bool) -> list[str]:
+    """All faults of a shard whose samples have so many codes below `vocab_size`."""
+    path = folder / entry.name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return [f"{path}: is in the manifest, but: {error.strerror}"]
+    faults = [f"{path}: has {size} bytes, the manifest says {entry.bytes}"] if size != entry.bytes else []
+    if not fast and (found := file_sha256(path)) != entry.sha256:
+        faults.append(f"{path}: SHA-256 is {found}, the manifest says {entry.sha256}")
+    faults += _index_faults(folder, entry)
+    if not fast:
+        faults += _content_faults(path, entry, codes, vocab_size)
+    elif not index_path(folder / INDEX_FOLDER, entry.name).exists():
+        faults += _content_faults(path, entry)
+    return faults
 
 
 def _index_faults(folder: Path, entry: ShardEntry) -> Iterator[str]:
@@ -70,7 +91,8 @@ def _index_faults(folder: Path, entry: ShardEntry) -> Iterator[str]:
         yield str(error)
 
 
-def _content_faults(path: Path, entry: ShardEntry, manifest: Manifest, *, samples: bool) -> Iterator[str]:
+def _content_faults(path: Path, entry: ShardEntry, codes: int = 0, vocab_size: int = 0) -> Iterator[str]:
+    """Faults of the archive; if `codes` is not 0, those of every sample as well."""
     faults: list[ShardError] = []
     try:
         index = index_shard(path, TOKEN_FIELDS, sha256=entry.sha256, on_fault=faults.append)
@@ -81,13 +103,12 @@ def _content_faults(path: Path, entry: ShardEntry, manifest: Manifest, *, sample
     yield from map(str, faults)
     if len(index) != entry.samples:
         yield f"{path}: holds {len(index)} samples, the manifest says {entry.samples}"
-    if not samples:
+    if not codes:
         return
-    num = manifest.grid[0] * manifest.grid[1]
     with ShardReader(path, index) as reader:
         for number in range(len(reader)):
             fields = reader.read(number)
-            for problem in _sample_faults(fields, num, manifest.image_vocab_size):
+            for problem in _sample_faults(fields, codes, vocab_size):
                 yield f"{path}: key {reader.key(number)!r}: {problem}"
 
 
@@ -117,17 +138,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of token shards with manifest.json")
     parser.add_argument("--fast", action="store_true", help="manifest, sizes and indices only; no hashes, no samples")
     parser.add_argument("--image-model", type=Path, help="folder of the image tokenizer that should have made them")
+    parser.add_argument("--workers", type=int, help="processes; 0: this one (default: a core each, from 1 GiB)")
     options = parser.parse_args(argv)
-    expected = None
+    if (options.workers or 0) < 0:
+        raise UserError("--workers must be 0 or more")
+    manifest, workers, expected = Manifest.load(options.folder), options.workers, None
     if options.image_model is not None:
         from vilg.tokens.vqgan import ImageTokenizer
 
         expected = ImageTokenizer.load(options.image_model).hash
     count = 0
-    for fault in lint(options.folder, fast=options.fast, image_tokenizer_hash=expected):
+    if workers is None:  # a process starts in seconds
+        size = 0 if options.fast else sum(shard.bytes for shard in manifest.shards)
+        workers = cores() if size > _WORTH_PROCESSES else 0
+    for fault in lint(options.folder, fast=options.fast, image_tokenizer_hash=expected, workers=workers):
         print(fault, flush=True)
         count += 1
-    manifest = Manifest.load(options.folder)
     scope = "sizes and indices" if options.fast else "every byte"
     print(
         f"{options.folder}: {len(manifest.shards)} shards, {manifest.num_samples} samples, {scope} checked: "

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from vilg.data.children import cores
 from vilg.data.encode import LEAST_CROP, Count, ImageEncoder, Recipe, encode_shards
 from vilg.data.manifest import FILE_NAME, Manifest
 from vilg.data.progress import Progress
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = Recipe(size, options.batch_size, options.views, options.least_crop, options.seed)
     mine = _begin(options.raw, options.out, image_tokenizer, recipe)[part[0] - 1 :: part[1]]
     devices = _devices(options.device, options.processes, local_rank if ranks > 1 else None, mine)
-    threads = options.threads if options.threads is not None else max(1, _cores() // len(devices))
+    threads = options.threads if options.threads is not None else max(1, cores() // len(devices))
     work = Work(options.raw, options.out, options.image_model, recipe, options.max_bad_fraction, threads)
     if len(devices) == 1:
         torch.set_num_threads(1)  # what a CPU's sums come to may depend on their number
@@ -221,13 +222,8 @@ def _devices(wanted: str | None, processes: int | None, local_rank: int | None, 
     if processes is None:
         processes = len(devices)
         if devices == ["cpu"] and local_rank is None:
-            processes = min(_cores(), 1 + sum(shard.stat().st_size for shard in shards) // _WORTH_A_PROCESS)
+            processes = min(cores(), 1 + sum(shard.stat().st_size for shard in shards) // _WORTH_A_PROCESS)
     return [devices[number % len(devices)] for number in range(max(1, min(processes, len(shards))))]
-
-
-def _cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _divided(part: tuple[int, int], number: int, count: int) -> tuple[int, int]:
