@@ -9,7 +9,7 @@ from vilg.errors import UserError
 from vilg.inference.draw_command import generate_main
 from vilg.inference.generate import generate_codes
 from vilg.inference.image_decoder import ImageDecoder
-from vilg.inference.rerank import text_log_likelihood
+from vilg.inference.likelihood import text_log_likelihood
 from vilg.inference.sampling import SamplingConfig, candidate_uniforms, guided, sample_tokens
 from vilg.inference.text_decoder import TextDecoder
 from vilg.model.vilg import Vilg

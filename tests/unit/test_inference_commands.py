@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 from tests.export_support import write_export
+from tests.unit.test_data_similarity import save_clip
 from vilg.__main__ import main as vilg
+from vilg.data.filters.similarity import ClipScorer
 from vilg.inference.load import load_model
+from vilg.inference.rerank import clip_scores
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +182,52 @@ def test_writing_can_sample_and_seeds_repeat(folder, tmp_path, capsys):
     command = ["caption", "--model", folder, tmp_path / "x.png", "--temperature", 3, "--top-p", 0.99, "--seed"]
     texts = [run(capsys, *command, seed)[0]["caption"] for seed in (1, 1, 2, 3)]
     assert texts[0] == texts[1] and len(set(texts)) > 1
+
+
+def drawn(folder: Path, out: Path, *options) -> list[dict]:
+    """scores.jsonl of pictures drawn with these options."""
+    assert vilg([str(a) for a in ["generate", "--model", folder, "--out", out, *options]]) == 0
+    return [json.loads(line) for line in (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_pictures_and_scores_say_how_they_came_about_and_the_best_are_kept(folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\n\n  一只猫 \n", encoding="utf-8")
+    options = ["--prompts", tmp_path / "prompts.txt", "--prompt", "red", "--num", 4, "--best", 2, "--seed", 9]
+    options += ["--guidance", 3, "--guidance-start", 1, "--top-k", 12]
+    lines = drawn(folder, tmp_path / "out", *options)
+    assert [line["prompt"] for line in lines[::4]] == ["red", "a cat", "一只猫"]
+    for prompt in range(3):
+        mine = lines[4 * prompt : 4 * prompt + 4]
+        scores = [line["score"] for line in mine]
+        assert scores == sorted(scores, reverse=True) and sorted(line["candidate"] for line in mine) == [0, 1, 2, 3]
+        assert [line["file"] for line in mine] == [f"{prompt:04d}_00.png", f"{prompt:04d}_01.png", None, None]
+    with Image.open(tmp_path / "out" / "0002_01.png") as picture:
+        said = picture.text
+    wanted = {"prompt": "一只猫", "seed": "9", "guidance": "3.0", "guidance_start": "1.0", "top_k": "12"}
+    assert {key: said[key] for key in wanted} == wanted
+    assert (said["score"], said["candidate"]) == (str(lines[9]["score"]), str(lines[9]["candidate"]))
+    assert said["score_is"] == "log-probability per prompt token"
+    bar = capsys.readouterr().err
+    assert "12.0/12" in bar and "image/s" in bar
+
+
+def test_the_same_candidate_comes_out_alone_in_another_batch_and_from_another_file(folder, tmp_path):
+    first = drawn(folder, tmp_path / "a", "--prompt", "red", "--prompt", "a cat", "--num", 3)
+    second = drawn(folder, tmp_path / "b", "--prompt", "a cat", "--num", 2, "--batch", 1)
+    wanted = {line["candidate"]: line["file"] for line in first[3:]}
+    for line in second:
+        with Image.open(tmp_path / "b" / line["file"]) as one, Image.open(tmp_path / "a" / wanted[line["candidate"]]) as other:
+            assert np.array_equal(np.array(one), np.array(other))
+
+
+def test_a_clip_folder_can_score_instead(folder, tmp_path, capsys):
+    save_clip(tmp_path / "clip")
+    lines = drawn(folder, tmp_path / "out", "--prompt", "a cat", "--num", 3, "--clip", tmp_path / "clip")
+    scores = [line["score"] for line in lines]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 3 and max(map(abs, scores)) <= 1
+    assert lines[0]["score_is"] == f"cosine by {tmp_path / 'clip'}"
+    pictures = [np.array(Image.open(tmp_path / "out" / line["file"])) for line in lines]
+    found = clip_scores(ClipScorer(tmp_path / "clip", device="cpu"), ["a cat"], np.stack(pictures)[None], batch=2)
+    np.testing.assert_allclose(found[0], scores, atol=1e-5)
+    command = ["generate", "--model", folder, "--prompt", "x", "--out", tmp_path / "none", "--clip", tmp_path / "nowhere"]
+    assert "nowhere is no folder" in error_of(capsys, *command)

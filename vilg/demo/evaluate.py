@@ -18,9 +18,9 @@ from vilg.demo.generate_data import read_scenes
 from vilg.demo.scenes import LANGUAGES, Scene, SceneConfig, make_scene, render
 from vilg.demo.scores import SceneMatcher, scene_scores
 from vilg.errors import UserError
-from vilg.evaluate.likelihood import image_nll
 from vilg.inference.caption import caption_codes
 from vilg.inference.generate import draw_images
+from vilg.inference.likelihood import image_nll
 from vilg.inference.load import Bundle, load_model
 from vilg.inference.options import check_device
 from vilg.inference.rerank import rerank_scores

@@ -2,22 +2,27 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from vilg.data.filters.similarity import ClipScorer
 from vilg.errors import UserError
+from vilg.inference.drawing import OnStep
 from vilg.inference.generate import draw_images
 from vilg.inference.load import load_model
 from vilg.inference.options import parse_options, read_lines
 from vilg.inference.pictures import png_bytes
-from vilg.inference.rerank import rerank_scores
-from vilg.inference.sampling import SamplingConfig
+from vilg.inference.rerank import clip_scores, rerank_scores
 from vilg.pictures.sheet import Cell, Picture, Section, sample_sheet
 from vilg.tokens.files import write_atomically
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 def generate_main(argv: Sequence[str]) -> int:
@@ -27,7 +32,10 @@ def generate_main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompts", type=Path, help="UTF-8 file with one prompt a line")
     parser.add_argument("--truncate", action="store_true", help="cut a prompt that does not fit, instead of an error")
     parser.add_argument("--num", type=int, default=4, help="candidates drawn for each prompt")
-    parser.add_argument("--best", type=int, default=0, help="keep this many by the model's own captioning; 0 keeps all")
+    parser.add_argument("--best", type=int, default=0, help="keep this many, those with the best scores; 0 keeps all")
+    parser.add_argument(
+        "--clip", type=Path, help="score by this CLIP or Chinese-CLIP folder, instead of the model's own captioning"
+    )
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 is none")
     parser.add_argument(
         "--guidance-start", type=float, help="guidance of the first slot, moving evenly to --guidance at the last"
@@ -48,18 +56,37 @@ def generate_main(argv: Sequence[str]) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file; name a folder")
 
+    clip = ClipScorer(args.clip, device=args.device) if args.clip else None
     bundle = load_model(args.model, device=args.device)
     given = {name: getattr(args, name) for name in ("guidance", "guidance_start", "temperature", "top_k", "top_p")}
     sampling = replace(bundle.sampling, **{name: value for name, value in given.items() if value is not None})
-    with tqdm(total=len(prompts) * args.num, unit="image", desc="drawing") as bar:
+    with tqdm(total=len(prompts) * args.num, unit="image", desc="drawing", bar_format=_BAR) as bar:
         images, codes = draw_images(
             bundle, prompts, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch,
-            truncate=args.truncate, graph=not args.eager, progress=bar.update,
+            truncate=args.truncate, graph=not args.eager, on_step=_advance(bar, bundle.spec.image_slots),
         )  # fmt: skip
-    scores = rerank_scores(bundle, prompts, codes)
-    _write_pictures(args.out, prompts, images, scores, keep=args.best or args.num, seed=args.seed, sampling=sampling)
+    if clip is None:
+        scores, scored_by = rerank_scores(bundle, prompts, codes), "log-probability per prompt token"
+    else:
+        scores, scored_by = clip_scores(clip, prompts, images, batch=args.batch), f"cosine by {args.clip}"
+    facts = {"seed": args.seed, "score_is": scored_by} | asdict(sampling)
+    _write_pictures(args.out, prompts, images, scores, keep=args.best or args.num, facts=facts)
     print(f"{len(prompts)} prompts x {args.best or args.num} of {args.num} candidates -> {args.out / 'grid.png'}")
     return 0
+
+
+def _advance(bar: tqdm, num_slots: int) -> OnStep:
+    """Moves the bar by parts of pictures, some thirty times a batch: at each the GPU, if there is one, is waited for."""
+    every = max(1, num_slots // 32)
+
+    def on_step(drawn: int, codes: Tensor) -> None:
+        past = drawn % every or every
+        if past == every or drawn == num_slots:
+            if codes.is_cuda:
+                torch.cuda.synchronize(codes.device)
+            bar.update(len(codes) * past / num_slots)
+
+    return on_step
 
 
 def _write_pictures(
@@ -69,8 +96,7 @@ def _write_pictures(
     scores: np.ndarray,
     *,
     keep: int,
-    seed: int,
-    sampling: SamplingConfig,
+    facts: Mapping[str, object],
 ) -> None:
     """Pictures as NNNN_RR.png (prompt, rank) with their facts as PNG text, one grid, one JSON line a candidate."""
     lines, cells = [], []
@@ -80,14 +106,14 @@ def _write_pictures(
             kept = rank < keep
             name = f"{row:04d}_{rank:02d}.png"
             score = round(float(scores[row, candidate]), 6)
-            facts = {"prompt": prompt, "seed": seed, "candidate": int(candidate), "score": score}
-            lines.append(facts | asdict(sampling) | {"file": name if kept else None})
+            all_facts = {"prompt": prompt, "candidate": int(candidate), "score": score} | facts
+            lines.append(all_facts | {"file": name if kept else None})
             if kept:
-                write_atomically(out / name, png_bytes(images[row, candidate], facts | asdict(sampling)))
+                write_atomically(out / name, png_bytes(images[row, candidate], all_facts))
         shown = [Picture(images[row, i], f"{scores[row, i]:.2f}") for i in order[:keep]]
         cells.append(Cell(shown, [prompt]))
     columns = max(1, 8 // keep)
-    note = "under each picture: log-probability per prompt token"
+    note = f"under each picture: {facts['score_is']}"
     sample_sheet([Section("", cells, columns=columns, note=note)], out / "grid.png")
     scores_text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomically(out / "scores.jsonl", scores_text.encode())

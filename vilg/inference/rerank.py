@@ -1,42 +1,19 @@
-"""Scores of candidates: inverse prompting (CogView, arXiv 2105.13290, section 3.3.2) with the model's own captioning.
+"""Scores of candidates: which of the pictures drawn for a prompt shows it best?
 
-The better a picture is, the likelier the model is to write the prompt under it.
+Inverse prompting (CogView, arXiv 2105.13290, section 3.3.2) asks the model itself: the better a picture is, the likelier the
+model is to write the prompt under it. A CLIP model asks another one.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from vilg.data.filters.similarity import Scorer
+from vilg.inference.likelihood import text_log_likelihood
 from vilg.inference.load import Bundle
-from vilg.model.vilg import Vilg
-from vilg.tokens.sequence import IGNORE, SequenceSpec, collate, image_to_text
-
-
-@torch.inference_mode()
-def text_log_likelihood(
-    model: Vilg, spec: SequenceSpec, codes: Tensor, texts: Sequence[Sequence[int]], *, batch: int = 64
-) -> Tensor:
-    """Mean log-probability per token (end token included) of texts[i] under picture codes[i].
-
-    codes: int64 [I, N]; texts: I lists of token ids, at most T - 1 each. Returns float32 [I] on the CPU.
-    """
-    device = next(model.parameters()).device
-    scores = []
-    for start in range(0, len(texts), batch):
-        part = slice(start, start + batch)
-        samples = [
-            image_to_text(spec, text, code) for text, code in zip(texts[part], codes[part].cpu().numpy(), strict=True)
-        ]
-        sequences = collate(samples).to(device)
-        text_logits, _ = model(*sequences.inputs())
-        losses = F.cross_entropy(
-            text_logits.float().flatten(0, 1), sequences.text_target.flatten(), ignore_index=IGNORE, reduction="none"
-        ).view(sequences.text_target.shape)
-        scores.append(-losses.sum(1) / (sequences.text_target != IGNORE).sum(1))
-    return torch.cat(scores).float().cpu()
+from vilg.tokens.vqgan.images import prepare_image
 
 
 def rerank_scores(bundle: Bundle, prompts: Sequence[str], codes: Tensor) -> np.ndarray:
@@ -50,3 +27,15 @@ def rerank_scores(bundle: Bundle, prompts: Sequence[str], codes: Tensor) -> np.n
     texts = [bundle.encode_prompt(prompt, truncate=True)[:most] for prompt in prompts for _ in range(num)]
     scores = text_log_likelihood(bundle.model, bundle.spec, codes.flatten(0, 1), texts)
     return scores.view(len(prompts), num).numpy()
+
+
+def clip_scores(scorer: Scorer, prompts: Sequence[str], images: np.ndarray, *, batch: int = 64) -> np.ndarray:
+    """What `scorer` says of each prompt and its pictures uint8 [P, K, height, width, 3]: float32 [P, K]."""
+    flat = images.reshape(-1, *images.shape[2:])
+    texts = [prompt for prompt in prompts for _ in range(images.shape[1])]
+    found = []
+    for start in range(0, len(flat), batch):
+        part = slice(start, start + batch)
+        pictures = np.stack([prepare_image(Image.fromarray(image), scorer.image_size) for image in flat[part]])
+        found.append(scorer.score(pictures, texts[part]))
+    return np.concatenate(found).astype(np.float32).reshape(images.shape[:2])
