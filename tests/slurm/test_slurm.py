@@ -1,8 +1,10 @@
 """Jobs on a real SLURM with two virtual nodes of two processes each: what ends a run early, and how it goes on."""
 
 import json
+import re
 import subprocess
 import sys
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from vilg.config import dump_recipe, load_recipe
 from vilg.data.tokenize import main as tokenize_main
 from vilg.train.events import read_events
 from vilg.train.rundir import LOGS
+
+ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+")
 
 
 def events(job, kind: str) -> list[dict]:
@@ -75,7 +79,7 @@ def test_a_submitted_recipe_trains_to_the_end_on_two_nodes(unbroken):
     assert report["bad_nodes"] == [] and all(row["status"] != "bad" for row in report["rows"])
 
 
-def test_batch_jobs_that_wait_for_each_other_export_a_run_draw_and_write(cluster, unbroken, tmp_path):
+def test_batch_jobs_that_wait_for_each_other_export_a_run_draw_write_and_serve(cluster, unbroken, tmp_path):
     def batch(script: str, *arguments: object, after: str = "") -> str:
         options = ["--parsable", f"--output={tmp_path}/%j.out", *([f"--dependency=afterok:{after}"] if after else [])]
         command = ["sbatch", *options, f"launch/{script}.sbatch", *map(str, arguments)]
@@ -88,10 +92,20 @@ def test_batch_jobs_that_wait_for_each_other_export_a_run_draw_and_write(cluster
         batch("eval", "generate", *model, "--prompts", tmp_path / "prompts", "--out", drawn, "--num", 1, after=jobs[-1])
     )
     jobs.append(batch("eval", "caption", *model, drawn / "0000_00.png", after=jobs[-1]))
+    jobs.append(batch("eval", "answer", *model, drawn / "0000_00.png", "--question", "a horse?", after=jobs[-1]))
     for job in jobs:
         log = tmp_path / f"{job}.out"
         assert cluster.wait(job, log=log)["JobState"] == "COMPLETED", log.read_text()
-    assert len(list(drawn.glob("*_00.png"))) == 2 and '"caption"' in (tmp_path / f"{jobs[-1]}.out").read_text()
+    assert len(list(drawn.glob("*_00.png"))) == 2 and '"caption"' in (tmp_path / f"{jobs[-2]}.out").read_text()
+    assert '"answer"' in (tmp_path / f"{jobs[-1]}.out").read_text()
+
+    served = batch("eval", "serve", *model, "--port", 0)
+    log = tmp_path / f"{served}.out"
+    address = cluster.watch(served, lambda _: log.exists() and ADDRESS.search(log.read_text()), "does not serve", log=log)
+    with urllib.request.urlopen(f"{address[0]}/health", timeout=60) as health:
+        assert json.load(health)["status"] == "ok"
+    cluster.call("scancel", served)
+    assert cluster.wait(served, log=log)["JobState"] == "CANCELLED"
 
 
 def test_a_warned_run_saves_requeues_itself_and_ends_with_the_same_losses(submit, cluster, unbroken, tmp_path):
