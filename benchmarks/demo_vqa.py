@@ -7,7 +7,8 @@ what makes that possible.
 Four questions about each scene: its object and its background, in Chinese and in English. They are terse because the demo's text
 segment has 12 slots and its pieces spell nothing but captions: "左边是什么？" would take 19 tokens, all but one of them bytes
 (and the demo's scenes have one object, so nothing is on the left). Everything is done with vilg's commands: `data ingest` of a
-table of questions, `data tokenize`, `train` with `data.directions: answer`, `export`, `answer`, `eval vqa`.
+table of questions, `data tokenize`, `train` with `data.directions: answer`, `export`, `answer`, `eval vqa`. Options that are not the
+script's own override the training recipe, for a model of another shape than launch/recipes/demo/train.yaml's.
 
 Contenders, same data, steps and batch:
 
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=4000, help="training scenes")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--asked", type=int, default=256, help="scenes asked about, of each split")
-    options = parser.parse_args()
+    options, overrides = parser.parse_known_args()  # what is left overrides the training recipe
     demo, work = options.demo.resolve(), options.work.resolve()
     if work.exists():
         sys.exit(f"error: --work {work} is there already; name a new folder")
@@ -120,7 +121,7 @@ def main() -> None:
             "train", "launch/recipes/demo/train.yaml", f"--run_dir={work / name}", *start, f"--data.train={work / 'tokens'}",
             f"--tokens.text_model={export / 'text.model'}", f"--tokens.image_model={export / 'image_tokenizer'}",
             "--precision=fp32", "--data.directions=answer", f"--optimizer.lr={rate}", f"--schedule.steps={options.steps}",
-            "--schedule.warmup_steps=20", "--samples.every_steps=0", "--samples.prompts=[]",
+            f"--schedule.warmup_steps={min(20, options.steps)}", "--samples.every_steps=0", *overrides,
         )  # fmt: skip
         vilg("export", work / name, "--out", work / name / "export")
         results[name] = {

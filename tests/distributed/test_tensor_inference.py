@@ -1,10 +1,17 @@
 """Cached decoding of a model that is split over tensor ranks, as training draws its sample sheets with one."""
 
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 
 from tests.distributed.helpers import run_distributed
+from tests.export_support import write_export
 from tests.model_support import SPEC, tiny_config, tiny_model
+from vilg.__main__ import main as vilg
 from vilg.inference.generate import generate_codes
 from vilg.inference.sampling import SamplingConfig
 from vilg.inference.text_decoder import TextDecoder
@@ -47,3 +54,29 @@ def test_sixty_candidates_are_the_same_on_two_tensor_ranks_for_every_pattern():
     wanted = drawn_with_each_pattern(0, 1)
     for found in run_distributed(2, drawn_with_each_pattern):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def drawn_and_written(rank: int, size: int, folder: Path) -> None:
+    """The commands as torchrun starts them; the printed lines go to a file of the rank's own."""
+    out = folder / f"drawn on {size}"
+    assert vilg(["generate", "--model", str(folder / "export"), "--prompt", "a cat", "--num", "3", "--out", str(out)]) == 0
+    written = ["--model", str(folder / "export"), "--device", "cpu", *(str(out / f"0000_0{i}.png") for i in range(3))]
+    with open(folder / f"{rank} of {size}", "w", encoding="utf-8") as file, redirect_stdout(file):
+        assert vilg(["caption", *written, "--beams", "2"]) == 0
+        assert vilg(["answer", *written, "--question", "red"]) == 0
+
+
+def test_a_model_cut_over_processes_draws_scores_writes_and_answers_the_same(tmp_path):
+    (tmp_path / "export").mkdir()
+    write_export(tmp_path / "export")
+    drawn_and_written(0, 1, tmp_path)
+    run_distributed(2, drawn_and_written, (tmp_path,), init=False)
+    for name in ("0000_00.png", "0000_01.png", "0000_02.png"):
+        assert np.array_equal(*(np.array(Image.open(tmp_path / f"drawn on {size}" / name)) for size in (1, 2)))
+    one, two = ((tmp_path / f"drawn on {size}" / "scores.jsonl").read_text().splitlines() for size in (1, 2))
+    scores = [[json.loads(line).pop("score") for line in lines] for lines in (one, two)]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+    texts = (tmp_path / "0 of 1").read_text(encoding="utf-8").replace("drawn on 1", "drawn on 2")
+    assert texts.count("caption") == texts.count("answer") == 3
+    assert (tmp_path / "0 of 2").read_text(encoding="utf-8") == texts
+    assert (tmp_path / "1 of 2").read_text() == ""

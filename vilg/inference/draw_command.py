@@ -15,8 +15,7 @@ from vilg.data.filters.similarity import ClipScorer
 from vilg.errors import UserError
 from vilg.inference.drawing import OnStep
 from vilg.inference.generate import draw_images
-from vilg.inference.load import load_model
-from vilg.inference.options import parse_options, read_lines
+from vilg.inference.options import is_main, opened, parse_options, read_lines
 from vilg.inference.pictures import png_bytes
 from vilg.inference.rerank import clip_scores, rerank_scores
 from vilg.pictures.sheet import Cell, Picture, Section, sample_sheet
@@ -57,21 +56,26 @@ def generate_main(argv: Sequence[str]) -> int:
         raise UserError(f"--out {args.out} is a file; name a folder")
 
     clip = ClipScorer(args.clip, device=args.device) if args.clip else None
-    bundle = load_model(args.model, device=args.device)
-    given = {name: getattr(args, name) for name in ("guidance", "guidance_start", "temperature", "top_k", "top_p")}
-    sampling = replace(bundle.sampling, **{name: value for name, value in given.items() if value is not None})
-    with tqdm(total=len(prompts) * args.num, unit="image", desc="drawing", bar_format=_BAR) as bar:
-        images, codes = draw_images(
-            bundle, prompts, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch,
-            truncate=args.truncate, graph=not args.eager, on_step=_advance(bar, bundle.spec.image_slots),
-        )  # fmt: skip
-    if clip is None:
-        scores, scored_by = rerank_scores(bundle, prompts, codes), "log-probability per prompt token"
-    else:
-        scores, scored_by = clip_scores(clip, prompts, images, batch=args.batch), f"cosine by {args.clip}"
-    facts = {"seed": args.seed, "score_is": scored_by} | asdict(sampling)
-    _write_pictures(args.out, prompts, images, scores, keep=args.best or args.num, facts=facts)
-    print(f"{len(prompts)} prompts x {args.best or args.num} of {args.num} candidates -> {args.out / 'grid.png'}")
+    with opened(args.model, device=args.device) as bundle:
+        given = {name: getattr(args, name) for name in ("guidance", "guidance_start", "temperature", "top_k", "top_p")}
+        sampling = replace(bundle.sampling, **{name: value for name, value in given.items() if value is not None})
+        quiet = not is_main(bundle)
+        with tqdm(
+            total=len(prompts) * args.num, unit="image", desc="drawing", bar_format=_BAR, disable=quiet
+        ) as bar:
+            images, codes = draw_images(
+                bundle, prompts, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch,
+                truncate=args.truncate, graph=not args.eager, on_step=_advance(bar, bundle.spec.image_slots),
+            )  # fmt: skip
+        if clip is None:
+            scores, scored_by = rerank_scores(bundle, prompts, codes), "log-probability per prompt token"
+        else:
+            scores, scored_by = clip_scores(clip, prompts, images, batch=args.batch), f"cosine by {args.clip}"
+        if quiet:
+            return 0
+        facts = {"seed": args.seed, "score_is": scored_by} | asdict(sampling)
+        _write_pictures(args.out, prompts, images, scores, keep=args.best or args.num, facts=facts)
+        print(f"{len(prompts)} prompts x {args.best or args.num} of {args.num} candidates -> {args.out / 'grid.png'}")
     return 0
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vilg.model.vilg import Vilg
+from vilg.parallel.ops import gather_last
 from vilg.tokens.sequence import IGNORE, Sample, SequenceSpec, collate, image_to_text, text_to_image
 
 
@@ -42,7 +43,7 @@ def _mean_nll(model: Vilg, samples: Sequence[Sample], batch: int) -> Iterator[tu
     device = next(model.parameters()).device
     for start in range(0, len(samples), batch):
         sequences = collate(samples[start : start + batch]).to(device)
-        logits = model(*sequences.inputs())
+        logits = (gather_last(part, model.grid.tensor_group) for part in model(*sequences.inputs()))
         targets = (sequences.text_target, sequences.image_target)
         yield tuple(_mean_of_targets(*pair) for pair in zip(logits, targets, strict=True))
 

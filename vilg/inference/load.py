@@ -26,6 +26,8 @@ from vilg.inference.format import (
 from vilg.inference.sampling import SamplingConfig
 from vilg.inference.weights import NO_EXPORT, FolderWeights
 from vilg.model.vilg import Vilg
+from vilg.parallel.grid import Grid
+from vilg.parallel.layout import full_shape
 from vilg.parallel.precision import DTYPE_OF_NAME
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tokens.text import TextTokenizer
@@ -115,12 +117,17 @@ def read_description(folder: Path) -> Description:
         )
 
 
-def load_model(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Bundle:
+def load_model(
+    folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None, grid: Grid | None = None
+) -> Bundle:
     """Open an export folder.
 
-    dtype: of the weights; None keeps the stored one on a GPU and uses float32 on a CPU. Reads safetensors and JSON
-    only. Raises UserError naming the file that is missing, of another format version, or does not fit.
+    dtype: of the weights; None keeps the stored one on a GPU and uses float32 on a CPU. grid: of tensor-parallel ranks,
+    each of which reads and holds its part of the transformer; all of them must then make the same calls. Reads
+    safetensors and JSON only. Raises UserError naming the file that is missing, of another format version, or does not
+    fit.
     """
+    grid = grid or Grid.single()
     folder = Path(folder)
     description = read_description(folder)
     generation = _read_versioned(folder / GENERATION_FILE)
@@ -135,19 +142,22 @@ def load_model(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | 
             raise UserError(f"{folder / file}: hash {now[:12]}, but {CONFIG_FILE} names {named}; export again")
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else description.dtype
-    model = empty_model(folder, description)
-    weights = FolderWeights(folder)
-    model.load_state_dict({name: weights.read(name).to(device, dtype) for name in weights.index}, assign=True)
+    model = empty_model(folder, description, grid=grid)
+    weights, part = FolderWeights(folder), dict(rank=grid.tensor_rank, size=grid.tensor_size)
+    model.load_state_dict({name: weights.read(name, **part).to(device, dtype) for name in weights.index}, assign=True)
     return Bundle(description.name, model.eval().requires_grad_(False), description.spec, text, image.eval(), sampling)
 
 
-def empty_model(folder: Path, description: Description) -> Vilg:
-    """The model that config.json describes, without memory (meta device). Raises UserError, with the first difference,
-    unless the weights beside it have its names and shapes."""
+def empty_model(folder: Path, description: Description, *, grid: Grid | None = None) -> Vilg:
+    """The model that config.json describes, or a rank's part of it, without memory (meta device). Raises UserError, with
+    the first difference, unless the weights beside it have its names and shapes, or if it cannot be divided so."""
+    grid = grid or Grid.single()
     with torch.device("meta"):
-        model = Vilg(description.shape, description.spec)
+        model = Vilg(description.shape, description.spec, grid=grid)
     found = FolderWeights(folder).shapes
-    needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    needed = {
+        name: full_shape(name, parameter.shape, size=grid.tensor_size) for name, parameter in model.named_parameters()
+    }
     for name in sorted(set(needed) | set(found)):
         if found.get(name) != needed.get(name):
             raise UserError(

@@ -1,16 +1,20 @@
 """What the commands that open an export folder share: their options, and pictures and texts read from files."""
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from vilg.errors import UserError
-from vilg.inference.load import Bundle
+from vilg.inference.load import Bundle, load_model
+from vilg.parallel.grid import Grid
 from vilg.tokens.vqgan.images import BadImage, decode_image
 
 
@@ -32,6 +36,30 @@ def parse_options(
         raise UserError(f"--seed {args.seed}: must be 0 or more")
     check_device(args.device)
     return args
+
+
+@contextmanager
+def opened(folder: Path, *, device: str) -> Iterator[Bundle]:
+    """The model of an export folder. Under torchrun or with its variables set, all processes hold parts of one model
+    (tensor parallelism, for one that does not fit a GPU); each makes the same calls, and `is_main` says which one speaks."""
+    world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world == 1:
+        yield load_model(folder, device=device)
+        return
+    if device == "cuda":
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield load_model(folder, device=device, grid=Grid.build(tensor=world))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def is_main(bundle: Bundle) -> bool:
+    """Whether this process writes and prints."""
+    return bundle.model.grid.rank == 0
 
 
 def check_device(name: str) -> None:
@@ -65,7 +93,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
 def encode_files(bundle: Bundle, paths: Sequence[Path], *, batch: int) -> Tensor:
     """Codes int64 [I, N] of picture files, `batch` of them in memory at once. Raises UserError naming a bad one."""
     parts = []
-    with tqdm(total=len(paths), unit="image", desc="reading") as bar:
+    with tqdm(total=len(paths), unit="image", desc="reading", disable=not is_main(bundle)) as bar:
         for start in range(0, len(paths), batch):
             pictures = [read_image(path, bundle.image_size[0]) for path in paths[start : start + batch]]
             parts.append(bundle.encode_images(np.stack(pictures)))

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from vilg.errors import UserError
 from vilg.inference.caption import GREEDY, answer_codes, caption_codes, check_writing
-from vilg.inference.load import load_model
-from vilg.inference.options import encode_files, parse_options, read_lines
+from vilg.inference.options import encode_files, is_main, opened, parse_options, read_lines
 
 
 def caption_main(argv: Sequence[str]) -> int:
@@ -20,12 +18,13 @@ def caption_main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="vilg caption", description=caption_main.__doc__)
     parser.add_argument("images", nargs="+", type=Path, help="JPEG, PNG or WebP files")
     args, settings = _parse(parser, argv)
-    bundle = load_model(args.model, device=args.device)
-    codes = encode_files(bundle, args.images, batch=args.batch)
-    with tqdm(total=len(codes), unit="image", desc="writing") as bar:
-        captions = caption_codes(bundle.model, bundle.spec, bundle.text, codes, progress=bar.update, **settings)
-    for path, caption in zip(args.images, captions, strict=True):
-        print(json.dumps({"image": str(path), "caption": caption}, ensure_ascii=False))
+    with opened(args.model, device=args.device) as bundle:
+        codes = encode_files(bundle, args.images, batch=args.batch)
+        with tqdm(total=len(codes), unit="image", desc="writing", disable=not is_main(bundle)) as bar:
+            captions = caption_codes(bundle.model, bundle.spec, bundle.text, codes, progress=bar.update, **settings)
+        if is_main(bundle):
+            for path, caption in zip(args.images, captions, strict=True):
+                print(json.dumps({"image": str(path), "caption": caption}, ensure_ascii=False))
     return 0
 
 
@@ -47,17 +46,18 @@ def answer_main(argv: Sequence[str]) -> int:
         asked += _read_questions(args.questions)
     if not asked:
         raise UserError("no question: give IMAGE --question TEXT, or --questions FILE")
-    bundle = load_model(args.model, device=args.device)
-    questions = [bundle.encode_question(question, truncate=args.truncate) for _, _, question in asked]
     files = list(dict.fromkeys(path for _, path, _ in asked))
     place = {path: number for number, path in enumerate(files)}
-    codes = encode_files(bundle, files, batch=args.batch)[torch.tensor([place[path] for _, path, _ in asked])]
-    with tqdm(total=len(asked), unit="answer", desc="answering") as bar:
-        answers = answer_codes(
-            bundle.model, bundle.spec, bundle.text, codes, questions, progress=bar.update, **settings
-        )
-    for (image, _, question), answer in zip(asked, answers, strict=True):
-        print(json.dumps({"image": image, "question": question, "answer": answer}, ensure_ascii=False))
+    with opened(args.model, device=args.device) as bundle:
+        questions = [bundle.encode_question(question, truncate=args.truncate) for _, _, question in asked]
+        codes = encode_files(bundle, files, batch=args.batch)[[place[path] for _, path, _ in asked]]
+        with tqdm(total=len(asked), unit="answer", desc="answering", disable=not is_main(bundle)) as bar:
+            answers = answer_codes(
+                bundle.model, bundle.spec, bundle.text, codes, questions, progress=bar.update, **settings
+            )
+        if is_main(bundle):
+            for (image, _, question), answer in zip(asked, answers, strict=True):
+                print(json.dumps({"image": image, "question": question, "answer": answer}, ensure_ascii=False))
     return 0
 
 
