@@ -34,6 +34,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("data ingest", "vilg.data.ingest:main", "filter raw image-text pairs into shards"),
         Command("tokenizer train-text", "vilg.tokens.text:main", "train the SentencePiece tokenizer on captions"),
         Command("tokenizer train-image", "vilg.tokens.vqgan.train:main", "train the image tokenizer (VQGAN)"),
+        Command("tokenizer import", "vilg.tokens.vqgan.import_command:main", "take over a VQGAN that others trained"),
         Command("data tokenize", "vilg.data.tokenize:main", "encode pairs into token shards"),
         Command("data lint", "vilg.data.lint:main", "check token shards against their manifest"),
         Command("data index", "vilg.data.index_command:main", "make the indices that token shards lack, in parallel"),

@@ -32,8 +32,8 @@ def vgg():
         tensors[f"features.{number}.weight"] = torch.randn(width, channels, 3, 3, generator=random) * std
         tensors[f"features.{number}.bias"] = torch.randn(width, generator=random) * 0.1
         channels, number = width, number + 2
-    heads = {f"lin{k}.model.1.weight": torch.rand(1, w, 1, 1, generator=random) for k, w in enumerate((64, 128, 256, 512, 512))}
-    return tensors, heads
+    widths = (64, 128, 256, 512, 512)
+    return tensors, {f"lin{k}.model.1.weight": torch.rand(1, w, 1, 1, generator=random) for k, w in enumerate(widths)}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,8 @@ def reference_lpips(vgg, output, images):
     tensors, heads = vgg
 
     def maps(x):
-        x = (x - torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+        shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 1, 3, 1, 1)
+        x = (x - shift) / scale
         kept = []
         for number in range(30):  # conv, rectifier or pooling, as in vgg16.features[:30]
             if f"features.{number}.weight" in tensors:

@@ -9,7 +9,7 @@ import torch
 
 from tests.vqgan_support import SMALL, pictures, small_recipe, write_shards
 from vilg.errors import UserError
-from vilg.tokens.vqgan import ImageTokenizer, loop, train
+from vilg.tokens.vqgan import ImageTokenizer, loop, objective, train
 from vilg.tokens.vqgan.config import (
     ImageTokenizerConfig,
     ImageTokenizerRecipe,
@@ -68,7 +68,7 @@ def test_the_seed_decides_the_tokenizer(shards, tmp_path):
 
 
 def test_a_diverging_loss_stops_the_training(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "reconstruction_loss", lambda output, images, config: output.sum() * math.nan)
+    monkeypatch.setattr(objective, "reconstruction_loss", lambda output, images, config: output.sum() * math.nan)
     data = loop.ImageData.read(shards, small_recipe())
     with pytest.raises(UserError, match="step 1: loss nan.*lower train.lr"):
         loop.train(small_recipe(), data, tmp_path, HERE)

@@ -6,21 +6,46 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from vilg.config.marked import Place, did_you_mean, dotted, read_file, read_value, write_yaml
-from vilg.config.schema import Fraction, PositiveInt, Section
+from vilg.config.schema import BelowOne, Fraction, PositiveInt, Section
 from vilg.errors import UserError
 
 
-class ImageTokenizerConfig(Section):
-    """Shape of the network; lies in `config.json` beside the weights."""
+class TamingConfig(Section):
+    """Shape of VQGAN's encoder and decoder, in the words of taming-transformers' `ddconfig`; factor = 2^(levels - 1)."""
 
-    architecture: Literal["patch"] = Field(
+    ch: PositiveInt = Field(128, description="Channels of the finest level; a multiple of groups.")
+    ch_mult: tuple[PositiveInt, ...] = Field(
+        (1, 1, 2, 4), description="Channels of each level, from the finest, as multiples of ch."
+    )
+    num_res_blocks: PositiveInt = Field(2, description="Residual blocks a level of the encoder; the decoder has one more.")
+    attn_resolutions: tuple[PositiveInt, ...] = Field(
+        (), description="Sides in pixels of the levels with attention, for images of image_size; the middle always has it."
+    )
+    z_channels: PositiveInt = Field(256, description="Channels between encoder or decoder and the 1x1 map to code_dim.")
+    groups: PositiveInt = Field(32, description="Groups of the group normalisations (taming: 32).")
+
+    @model_validator(mode="after")
+    def _groups_fit(self):
+        if self.ch % self.groups:
+            raise ValueError(f"ch={self.ch} is not a multiple of groups={self.groups}")
+        return self
+
+
+_PLAIN_FIELDS = ("encoder_width", "encoder_blocks", "decoder_width", "decoder_blocks")  # not of the taming architecture
+
+
+class ImageTokenizerConfig(Section):
+    """Shape of the network; lies in `config.json` beside the weights. Only the fields of its architecture are written."""
+
+    architecture: Literal["patch", "taming", "dvae"] = Field(
         "patch",
-        description="patch: every code sees its own factor x factor pixels only, the decoder sees neighbours too.",
+        description="patch: every code sees its own factor x factor pixels only, the decoder sees neighbours too; "
+        "taming: VQGAN's; dvae: plain convolutions.",
     )
     image_size: PositiveInt = Field(
         32, description="Side in pixels of the square images trained on; a multiple of factor."
@@ -28,11 +53,46 @@ class ImageTokenizerConfig(Section):
     factor: PositiveInt = Field(4, description="Pixels per code along each side.")
     num_codes: PositiveInt = Field(512, description="Size of the codebook; at most 65536, as token shards hold uint16.")
     code_dim: PositiveInt = Field(32, description="Width of a code vector.")
-    lookup: Literal["cosine", "euclidean"] = Field("euclidean", description="Nearest code by distance or by angle.")
+    lookup: Literal["cosine", "euclidean", "gumbel"] = Field(
+        "euclidean", description="Nearest code by distance or by angle, or the largest of num_codes logits."
+    )
     encoder_width: PositiveInt = Field(96, description="Channels of the encoder.")
-    encoder_blocks: PositiveInt = Field(1, description="Residual blocks of 1x1 convolutions in the encoder.")
+    encoder_blocks: PositiveInt = Field(1, description="Residual blocks in the encoder.")
     decoder_width: PositiveInt = Field(96, description="Channels of the decoder.")
     decoder_blocks: PositiveInt = Field(2, description="Residual blocks of 3x3 convolutions in the decoder.")
+    taming: TamingConfig | None = Field(None, description="Shape of the taming architecture, which needs this section.")
+
+    @model_serializer(mode="wrap")
+    def _own_fields(self, write):
+        left_out = _PLAIN_FIELDS if self.taming else ("taming",)
+        return {name: value for name, value in write(self).items() if name not in left_out}
+
+    @model_validator(mode="after")
+    def _architecture_fits(self):
+        if (self.architecture == "taming") != (self.taming is not None):
+            raise ValueError(
+                f"architecture={self.architecture}: the section taming belongs to architecture=taming, which needs it"
+            )
+        if self.taming:
+            given = sorted(self.model_fields_set.intersection(_PLAIN_FIELDS))
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)}: not of architecture=taming; use taming.ch and taming.num_res_blocks"
+                )
+            if self.factor != 2 ** (len(self.taming.ch_mult) - 1):
+                raise ValueError(
+                    f"factor={self.factor} is not 2^(levels - 1) with the {len(self.taming.ch_mult)} levels of "
+                    "taming.ch_mult"
+                )
+            sides = [self.image_size >> level for level in range(len(self.taming.ch_mult))]
+            for side in self.taming.attn_resolutions:
+                if side not in sides:
+                    raise ValueError(
+                        f"taming.attn_resolutions: no level has {side} pixels a side; the levels have {sides}"
+                    )
+        if self.architecture == "dvae" and (self.factor < 2 or self.factor & (self.factor - 1)):
+            raise ValueError(f"factor={self.factor}: architecture=dvae halves the sides; use 2, 4, 8 or 16")
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self):
@@ -44,7 +104,8 @@ class ImageTokenizerConfig(Section):
 
 
 class QuantizerConfig(Section):
-    """How the codebook learns: a moving average of the vectors that fall to each code, never a gradient."""
+    """How the codebook learns: a moving average of the vectors that fall to each code, never a gradient; with
+    `lookup: gumbel`, to which only the last four belong, by gradients through a relaxed choice."""
 
     decay: Fraction = Field(0.95, description="Share of the moving average kept per step.")
     dead_below: float = Field(
@@ -54,16 +115,12 @@ class QuantizerConfig(Section):
     )
     commitment: float = Field(0.25, ge=0, description="Weight of pulling the encoder's output to its code.")
     kmeans_steps: PositiveInt = Field(8, description="k-means iterations on the first batch, where the codes start.")
-
-
-class ReconstructionLossConfig(Section):
-    """Weights of the terms of `losses.reconstruction_loss`, on pixels in [-1, 1]."""
-
-    l1: float = Field(1.0, ge=0, description="Weight of the mean absolute error.")
-    gradient: float = Field(
-        0.5, ge=0, description="Weight of the mean absolute error of the differences of neighbours."
+    temperature: float = Field(1.0, gt=0, description="Of the relaxed choice at the start.")
+    last_temperature: float = Field(0.0625, gt=0, description="At the end; falls geometrically (DALL-E: 1/16).")
+    straight_through: bool = Field(True, description="The decoder sees the chosen code alone; false: the relaxed mixture.")
+    kl_weight: float = Field(
+        5e-4, ge=0, description="Weight of the divergence of the choice from all codes alike (taming: 5e-4, later 1e-8)."
     )
-    mse: float = Field(2.0, ge=0, description="Weight of the mean squared error.")
 
 
 class AdversarialConfig(Section):
@@ -87,6 +144,21 @@ class AdversarialConfig(Section):
     layers: PositiveInt = Field(3, description="Layers of the discriminator that halve the sides.")
 
 
+class ReconstructionLossConfig(Section):
+    """Weights of the terms of `losses.reconstruction_loss`, on pixels in [-1, 1], and of what is added to it."""
+
+    l1: float = Field(1.0, ge=0, description="Weight of the mean absolute error.")
+    gradient: float = Field(
+        0.5, ge=0, description="Weight of the mean absolute error of the differences of neighbours."
+    )
+    mse: float = Field(2.0, ge=0, description="Weight of the mean squared error.")
+    perceptual: float = Field(0.0, ge=0, description="Weight of the perceptual loss.")
+    perceptual_weights: Path | None = Field(
+        None, description="File or folder with VGG16 and LPIPS weights; without, edges at three scales are compared."
+    )
+    adversarial: AdversarialConfig = AdversarialConfig()
+
+
 class TrainConfig(Section):
     """AdamW with linear warm-up and cosine to zero."""
 
@@ -96,6 +168,9 @@ class TrainConfig(Section):
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(1e-4, ge=0, description="Decoupled weight decay of matrices.")
     grad_clip: float = Field(1.0, gt=0, description="Largest global gradient norm.")
+    ema: BelowOne = Field(
+        0.0, description="Decay per step of the moving average of the weights, which is then what is saved; 0: none."
+    )
     held_back: PositiveInt = Field(
         512, description="Images kept out of training for the final figures; at most a tenth."
     )
@@ -164,7 +239,8 @@ def _explain(keys: tuple, details: dict) -> str:
     if details["type"] == "extra_forbidden":
         section = ImageTokenizerRecipe
         for part in keys[:-1]:
-            section = section.model_fields[part].annotation
+            kind = section.model_fields[part].annotation
+            section = next((t for t in get_args(kind) if t is not type(None)), kind)  # of an optional section
         valid = list(section.model_fields)
         return "unknown key" + (did_you_mean(str(keys[-1]), valid) or f"; valid here: {', '.join(valid)}")
     message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")

@@ -1,14 +1,16 @@
 """An image tokenizer on disk: a folder with `config.json` and `model.safetensors`; other files in it are not looked at.
 
-config.json: {"format": "vilg-image-tokenizer", "format_version": 1, "hash": ..., "model": ImageTokenizerConfig}. The
-hash covers the network's settings and every weight; it is checked on loading, so that two files that do not belong
-together, or a damaged one, are noticed before they turn pictures into noise.
+config.json: {"format": "vilg-image-tokenizer", "format_version": 1, "hash": ..., "model": ImageTokenizerConfig}, and
+"origin" of an imported one (format, file and sha256 it came from; for people). The hash covers the network's settings
+and every weight; it is checked on loading, so that two files that do not belong together, or a damaged one, are noticed
+before they turn pictures into noise.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -34,14 +36,17 @@ def content_hash(config: ImageTokenizerConfig, tensors: Mapping[str, Tensor]) ->
     return digest.hexdigest()
 
 
-def write_folder(folder: Path, config: ImageTokenizerConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each by renaming; the configuration last."""
+def write_folder(
+    folder: Path, config: ImageTokenizerConfig, tensors: Mapping[str, Tensor], origin: Mapping[str, Any] | None = None
+) -> None:
+    """Write both files, each by renaming; the configuration last. origin: of an imported one, where it comes from."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "hash": content_hash(config, tensors),
         "model": config.model_dump(mode="json"),
+        **({"origin": dict(origin)} if origin else {}),
     }
     write_atomically(Path(folder) / "model.safetensors", safetensors.torch.save(tensors))
     write_atomically(Path(folder) / "config.json", json.dumps(description, indent=2).encode() + b"\n")
@@ -67,8 +72,8 @@ def read_description(folder: Path) -> dict:
     return description
 
 
-def read_folder(folder: Path) -> tuple[ImageTokenizerConfig, dict[str, Tensor], str]:
-    """Settings, tensors (on the CPU) and the hash that was written. Raises UserError naming the file at fault."""
+def read_folder(folder: Path) -> tuple[ImageTokenizerConfig, dict[str, Tensor], dict[str, Any]]:
+    """Settings, tensors (on the CPU) and the content of config.json. Raises UserError naming the file at fault."""
     description = read_description(folder)
     try:
         config = ImageTokenizerConfig.model_validate(description.get("model"))
@@ -77,15 +82,15 @@ def read_folder(folder: Path) -> tuple[ImageTokenizerConfig, dict[str, Tensor], 
         raise UserError(f"{Path(folder) / 'config.json'}: {problems}") from error
     path = Path(folder) / "model.safetensors"
     try:
-        return config, safetensors.torch.load_file(path), str(description.get("hash"))
+        return config, safetensors.torch.load_file(path), description
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from error
 
 
-def check_tensors(folder: Path, found: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
-    """Names, shapes and types must be those of the network. Raises UserError naming every difference (six at most)."""
+def check_tensors(file: Path, found: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Names, shapes and types must be those of the network. Raises UserError naming the file and six differences."""
     problems = [f"{name} is missing" for name in needed if name not in found]
     problems += [f"{name} is not of this architecture" for name in found if name not in needed]
     for name in sorted(set(found) & set(needed)):
@@ -94,4 +99,4 @@ def check_tensors(folder: Path, found: Mapping[str, Tensor], needed: Mapping[str
             problems.append(f"{name} is {here.dtype} {list(here.shape)}, needed {there.dtype} {list(there.shape)}")
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise UserError(f"{Path(folder) / 'model.safetensors'}: {'; '.join(problems[:6])}{more}")
+        raise UserError(f"{file}: {'; '.join(problems[:6])}{more}")

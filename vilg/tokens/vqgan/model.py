@@ -3,9 +3,7 @@
 Shapes: B batch, H W pixels, f factor, h = H/f and w = W/f codes, K codebook size, D code width.
 
 An architecture is an encoder [B, 3, H, W] -> [B, D, h, w] and a decoder [B, D, h, w] -> [B, 3, H, W] around one
-codebook. The `patch` architecture encodes every f x f patch on its own: identical patches get identical codes wherever
-they lie. Normalising over the whole image (GroupNorm, as in VQGAN) makes each code depend on the entire scene, which a
-transformer then has to learn.
+codebook; `last_layer` of a decoder is the weight of its last layer, to which losses are balanced.
 """
 
 from pathlib import Path
@@ -16,70 +14,39 @@ from torch import Tensor, nn
 
 from vilg.errors import UserError
 from vilg.tokens.vqgan.config import ImageTokenizerConfig
+from vilg.tokens.vqgan.dvae import DvaeDecoder, DvaeEncoder
 from vilg.tokens.vqgan.folder import check_tensors, content_hash, read_folder, write_folder
+from vilg.tokens.vqgan.patch import ConvDecoder, PatchEncoder
+from vilg.tokens.vqgan.taming import TamingDecoder, TamingEncoder
 
-
-class PatchEncoder(nn.Module):
-    """f x f patches, each through the same perceptron: [B, 3, H, W] -> [B, D, h, w]."""
-
-    def __init__(self, factor: int, width: int, blocks: int, code_dim: int):
-        super().__init__()
-        self.factor = factor
-        self.stem = nn.Linear(3 * factor * factor, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-            for _ in range(blocks)
-        )
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, code_dim))
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = self.stem(F.pixel_unshuffle(images, self.factor).permute(0, 2, 3, 1))  # [B, h, w, width]
-        for block in self.blocks:
-            hidden = hidden + block(hidden)
-        return self.head(hidden).permute(0, 3, 1, 2)
-
-
-class ResidualBlock(nn.Module):
-    """x + conv1x1(gelu(conv3x3(gelu(x)))), [B, C, h, w]."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.spread = nn.Conv2d(width, width, 3, padding=1)
-        self.mix = nn.Conv2d(width, width, 1)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.mix(F.gelu(self.spread(F.gelu(hidden))))
-
-
-class ConvDecoder(nn.Module):
-    """Residual convolutions at code resolution, then every position paints its patch: [B, D, h, w] -> [B, 3, H, W]."""
-
-    def __init__(self, factor: int, width: int, blocks: int, code_dim: int):
-        super().__init__()
-        self.stem = nn.Conv2d(code_dim, width, 1)
-        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
-        self.mix = nn.Conv2d(width, width, 1)
-        self.head = nn.Conv2d(width, 3 * factor * factor, 1)
-        self.factor = factor
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        hidden = self.stem(vectors)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return F.pixel_shuffle(self.head(F.gelu(self.mix(F.gelu(hidden)))), self.factor)
+_ARCHITECTURES = {
+    "patch": (PatchEncoder, ConvDecoder),
+    "taming": (TamingEncoder, TamingDecoder),
+    "dvae": (DvaeEncoder, DvaeDecoder),
+}
 
 
 class Codebook(nn.Module):
-    """K code vectors and the rule that finds the nearest one. How they are learned is `quantize.py`'s business."""
+    """K code vectors and the rule that chooses one. How they are learned is `quantize.py`'s business.
+
+    lookup: euclidean and cosine choose the nearest code; gumbel the largest of K logits, a linear map of the vector (a
+    network trained by Gumbel relaxation draws from them; the most likely code is what it would draw without noise).
+    """
 
     def __init__(self, num_codes: int, code_dim: int, lookup: str):
         super().__init__()
         self.cosine = lookup == "cosine"
-        self.register_buffer("vectors", torch.zeros(num_codes, code_dim))  # unit length if cosine
+        self.logits = nn.Linear(code_dim, num_codes) if lookup == "gumbel" else None
+        if self.logits is None:
+            self.register_buffer("vectors", torch.zeros(num_codes, code_dim))  # unit length if cosine
+        else:
+            self.vectors = nn.Parameter(torch.randn(num_codes, code_dim))
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """vectors fp32 [B, D, h, w] -> codes int64 [B, h, w]; of equally near codes the first."""
         vectors = vectors.permute(0, 2, 3, 1)
+        if self.logits is not None:
+            return self.logits(vectors).argmax(dim=-1)
         scores = vectors @ self.vectors.T
         if not self.cosine:  # argmin |v - c|^2 = argmax v.c - |c|^2 / 2; with cosine the length of v changes nothing
             scores = scores - self.vectors.square().sum(1) / 2
@@ -96,9 +63,11 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig):
         super().__init__()
         self.config = config
-        self.encoder = PatchEncoder(config.factor, config.encoder_width, config.encoder_blocks, config.code_dim)
+        self.origin: dict | None = None  # where an imported one comes from
+        encoder, decoder = _ARCHITECTURES[config.architecture]
+        self.encoder = encoder(config)
         self.codebook = Codebook(config.num_codes, config.code_dim, config.lookup)
-        self.decoder = ConvDecoder(config.factor, config.decoder_width, config.decoder_blocks, config.code_dim)
+        self.decoder = decoder(config)
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "ImageTokenizer":
@@ -107,17 +76,18 @@ class ImageTokenizer(nn.Module):
         Raises UserError naming the file that is missing, of an unknown format, damaged, or does not fit.
         """
         folder = Path(folder)
-        config, tensors, written_hash = read_folder(folder)
+        config, tensors, description = read_folder(folder)
         tokenizer = cls(config)
-        check_tensors(folder, tensors, tokenizer.state_dict())
+        check_tensors(folder / "model.safetensors", tensors, tokenizer.state_dict())
         tokenizer.load_state_dict(tensors)
-        if tokenizer.hash != written_hash:
+        if tokenizer.hash != description.get("hash"):
             raise UserError(f"{folder}: config.json and model.safetensors do not belong together, or one is damaged")
+        tokenizer.origin = description.get("origin")
         return tokenizer.eval().requires_grad_(False).to(device)
 
     def save(self, folder: Path | str) -> None:
         """Write config.json and model.safetensors into a folder, which is made if need be."""
-        write_folder(Path(folder), self.config, self.state_dict())
+        write_folder(Path(folder), self.config, self.state_dict(), self.origin)
 
     @property
     def hash(self) -> str:

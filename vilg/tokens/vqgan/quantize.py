@@ -1,16 +1,29 @@
-"""How the codebook learns: vector-quantize-pytorch's quantizer (pinned), wrapped so that nothing else depends on it.
+"""How the codebook learns. A saved tokenizer holds plain code vectors; only training imports this.
 
-Moving-average codes (van den Oord 2017, arXiv 1711.00937, appendix A.1), started by k-means, renewed when dead
-(Jukebox, arXiv 2005.00341), with the gradient carried over by rotation (arXiv 2410.06424). Only training imports this;
-a saved tokenizer holds plain code vectors.
+Nearest codes: vector-quantize-pytorch's quantizer (pinned), wrapped so that nothing else depends on it. Moving-average
+codes (van den Oord 2017, arXiv 1711.00937, appendix A.1), started by k-means, renewed when dead
+(Jukebox, arXiv 2005.00341), with the gradient carried over by rotation (arXiv 2410.06424). Gumbel codes: chosen by
+logits, learned by gradients through a relaxed choice (Jang 2016, arXiv 1611.01144; dVAE, arXiv 2102.12092).
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
 from vilg.tokens.vqgan.config import ImageTokenizerConfig, QuantizerConfig
 from vilg.tokens.vqgan.model import Codebook
+
+
+def training_quantizer(
+    codebook: Codebook, model: ImageTokenizerConfig, config: QuantizerConfig, *, synchronise: bool
+) -> "TrainingQuantizer | GumbelQuantizer":
+    """The quantizer that trains this codebook."""
+    if model.lookup == "gumbel":
+        return GumbelQuantizer(codebook, config)
+    return TrainingQuantizer(model, config, synchronise=synchronise)
 
 
 class TrainingQuantizer(nn.Module):
@@ -37,7 +50,39 @@ class TrainingQuantizer(nn.Module):
         quantised, codes, loss = self._quantizer(vectors.permute(0, 2, 3, 1).reshape(b, h * w, d))
         return quantised.reshape(b, h, w, d).permute(0, 3, 1, 2), codes.reshape(b, h, w), loss.sum()
 
+    def set_progress(self, share: float) -> None:
+        """Nothing here depends on how much of the training is done."""
+
     @torch.no_grad()
     def copy_to(self, codebook: Codebook) -> None:
         """Hand the codes learned so far to a tokenizer."""
         codebook.vectors.copy_(self._quantizer.codebook)
+
+
+class GumbelQuantizer(nn.Module):
+    """Draws codes with Gumbel noise from the codebook's logits; its parameters are the codebook's own.
+
+    loss = kl_weight * mean over places of KL(softmax(logits) || uniform), which keeps all codes in play.
+    """
+
+    def __init__(self, codebook: Codebook, config: QuantizerConfig) -> None:
+        super().__init__()
+        self._codebook, self._config, self.temperature = codebook, config, config.temperature
+
+    def set_progress(self, share: float) -> None:
+        """share of the steps that are done, 0..1: the temperature falls geometrically from first to last."""
+        config = self._config
+        self.temperature = config.temperature * (config.last_temperature / config.temperature) ** share
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """vectors [B, D, h, w] -> (mixed code vectors [B, D, h, w], likeliest codes int64 [B, h, w], weighted KL)."""
+        logits = self._codebook.logits(vectors.permute(0, 2, 3, 1))  # [B, h, w, K]
+        choice = F.gumbel_softmax(logits, self.temperature, hard=self._config.straight_through, dim=-1)
+        log_share = logits.log_softmax(-1)
+        divergence = (log_share.exp() * (log_share + math.log(logits.shape[-1]))).sum(-1).mean()
+        mixed = (choice @ self._codebook.vectors).permute(0, 3, 1, 2)
+        return mixed, logits.argmax(-1), self._config.kl_weight * divergence
+
+    def copy_to(self, codebook: Codebook) -> None:
+        """The codebook it was made with has learned already."""
+        assert codebook is self._codebook

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from vilg.errors import UserError
 from vilg.tokens.files import write_atomically
@@ -40,7 +41,10 @@ def is_finished(out: Path, recipe: ImageTokenizerRecipe, fingerprint: str) -> bo
         return False
     except ValueError as error:
         raise UserError(f"{out / 'metrics.json'}: not JSON: {error}; remove it, or choose another --out") from error
-    same_recipe = metrics.get("recipe") == recipe.model_dump(mode="json")
+    try:  # through the model, so that a key that has come since counts as its default
+        same_recipe = ImageTokenizerRecipe.model_validate(metrics.get("recipe")) == recipe
+    except ValidationError:
+        same_recipe = False
     if same_recipe and metrics.get("data") == fingerprint:
         return True
     what = "other data" if same_recipe else "another recipe"
@@ -174,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if leads:
         print(
-            f"{options.out}: held-back images: psnr {metrics['psnr_db']:.2f} dB, codes used "
+            f"{options.out}: held-back images: psnr {metrics['psnr_db']:.2f} dB, ssim {metrics['ssim']:.3f}, codes used "
             f"{metrics['codebook_used']} of {metrics['codebook_size']}, "
             f"perplexity {metrics['perplexity']:.0f}; {metrics['seconds']:.0f} s"
         )
