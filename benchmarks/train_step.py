@@ -42,7 +42,7 @@ import torch.nn.functional as F  # noqa: E402
 from vilg.checkpoint.state import source_commit, versions  # noqa: E402
 from vilg.config import Recipe, load_recipe  # noqa: E402
 from vilg.config.deepspeed import merged_deepspeed_config  # noqa: E402
-from vilg.model.block import set_recompute  # noqa: E402
+from vilg.model.block import compile_blocks, set_recompute  # noqa: E402
 from vilg.model.size import block_parameters, sequence_flops  # noqa: E402
 from vilg.model.vilg import Vilg  # noqa: E402
 from vilg.parallel import layout  # noqa: E402
@@ -80,7 +80,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     """The 10B recipe, cut to `args.layers` layers and steps of `args.micro` x `args.accumulate` pairs, two sequences each."""
     cut = [f"model.num_layers={args.layers}", f"batch.micro_size={args.micro}",
            f"batch.global_size={args.micro * args.accumulate}", "parallel.deepspeed=ds_configs/zero1.json",
-           f"parallel.recompute={args.recompute}"]  # fmt: skip
+           f"parallel.recompute={args.recompute}", f"parallel.compile={args.compile}"]  # fmt: skip
     return load_recipe("launch/recipes/10b.yaml", [*cut, *(TINY if args.tiny else [])], world_size=1)
 
 
@@ -116,6 +116,8 @@ def vilg_step(recipe: Recipe, device: torch.device, *, dense: bool) -> tuple[Cal
     model = (CausalVilg if dense else Vilg)(recipe.model, spec, grid=grid, device=device)
     draw_weights(model)
     set_recompute(model, recipe.parallel)
+    if recipe.parallel.compile:
+        compile_blocks(model)
     engine = build_engine(recipe, grid, model, device)
     batches = [batch_of(recipe)] * (recipe.batch.global_size // recipe.batch.micro_size)
     text_targets, image_targets, _ = count(batches)
@@ -161,6 +163,9 @@ def llama_step(recipe: Recipe, device: torch.device) -> tuple[Callable[[], None]
         model = LlamaForCausalLM(config).train()
     if recipe.parallel.recompute != "none":
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.parallel.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
     optimizer, _ = build_adamw([{"params": list(model.parameters())}], recipe.optimizer, device)
     settings = merged_deepspeed_config(recipe, data_size=1)
     with silent():
@@ -254,6 +259,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50, help="measured steps of sparse")
     parser.add_argument("--peer-steps", type=int, default=15, help="measured steps of each peer")
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--compile", action="store_true", help="parallel.compile for ours, torch.compile for llama's layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a small shape, to try the script; writes only what --json names")
     parser.add_argument("--profile", action="store_true", help="add where one step of sparse spends its time")
@@ -268,7 +274,7 @@ def main() -> int:
     result = {
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "versions": versions(),
         "commit": source_commit(), "layers": args.layers, "pairs": args.micro, "micro_batches": args.accumulate,
-        "recompute": args.recompute, "contenders": {},
+        "recompute": args.recompute, "compile": args.compile, "contenders": {},
     }  # fmt: skip
     path = args.json or (None if args.tiny else RESULT)
     for contender in CONTENDERS:

@@ -81,12 +81,14 @@ def attention_plan(
     image_is_target: torch.Tensor,
     conv_size: int = 11,
     dtype: torch.dtype = torch.float32,
+    checked: bool = False,
 ) -> AttentionPlan:
     """Prepare attention of one batch: masks and cuts, shared by all layers of the same pattern.
 
     `text_slots` = T; `text_len`, `text_prefix`, `image_is_target`: int32 [B] on one device (meaning: `sparse_attention`).
     `dtype` is that of q, k, v (another one works, at the price of converting a mask in every call).
-    The values are read here (on a GPU: one synchronisation a batch) and never again.
+    The values are read here (on a GPU: one synchronisation) and never again. `checked`: a plan of another pattern of the
+    same batch was made before, so that on a GPU they need not be read at all.
     Raises ValueError naming the value for an unknown pattern, an impossible grid, lengths with
     0 <= text_prefix <= text_len <= T violated, or image_is_target other than 0 and 1.
     """
@@ -95,7 +97,8 @@ def attention_plan(
     if text_slots < 0:
         raise ValueError(f"text_slots={text_slots} is negative")
     _check_samples(text_len, text_prefix, image_is_target)
-    _check_values(text_slots, text_len, text_prefix, image_is_target)
+    if not checked:
+        _check_values(text_slots, text_len, text_prefix, image_is_target)
     samples = (text_len, text_prefix, image_is_target)
     torch_plan = None
     if not text_len.is_cuda or dtype == torch.float64 or _device_reason(text_len.device):

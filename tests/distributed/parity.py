@@ -79,6 +79,7 @@ class Case:
     every: int = 1
     model: str = "sparse"
     extra: str = ""
+    compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -88,6 +89,7 @@ class Case:
             self.layout.name + (" slots split" if self.sequence else ""),
             *([f"recompute {self.recompute}{every}"] if self.recompute != "none" else []),
             *([self.extra] if self.extra else []),
+            *(["compiled"] if self.compiled else []),
             self.model,
         ]
         return ", ".join(notes)
@@ -101,6 +103,7 @@ class Case:
             "parallel.sequence": self.sequence,
             "parallel.recompute": self.recompute,
             "parallel.recompute_every": self.every,
+            "parallel.compile": self.compiled,
         }
         if self.extra:
             config = json.loads(Path(values["parallel.deepspeed"]).read_text())

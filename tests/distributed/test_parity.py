@@ -2,13 +2,15 @@
 
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.distributed.helpers import run_distributed
-from tests.distributed.parity import Case, Trainer, compare, reference, run_cases
+from tests.distributed.parity import Case, Outcome, Trainer, compare, reference, run_cases, train_all
 from tests.distributed.resume_support import Layout
 from vilg.train.distributed import distributed
 from vilg.train.faults import Fault, FaultPlan
@@ -71,3 +73,23 @@ def test_all_stages_leave_out_a_step_with_nan_gradients_on_one_rank_and_a_loss_s
         for number, (skipped, kept, losses) in enumerate(found):
             assert skipped == kept == [False, True, True, False]
             assert losses == ranks[0][number][2] and all(map(math.isfinite, losses))
+
+
+def compiled_outcomes(rank: int, world_size: int, cases: list[Case], folder: Path) -> tuple[list[Outcome], int]:
+    """As `train_all` with parallel.compile, traced and run operation by operation; and how often tracing broke off."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        return train_all(rank, world_size, cases, 3, folder), len(counters["graph_break"])
+
+
+def test_compiled_blocks_train_alike_under_tensor_parallelism_and_in_stages(references, tmp_path):
+    cases = [
+        Case(Layout(tensor=2), sequence=True, recompute="selective", compiled=True),
+        Case(Layout(pipeline=2, zero=1), model="dense", compiled=True),
+    ]
+    ranks = run_distributed(2, compiled_outcomes, (cases, tmp_path), init=False)
+    assert [breaks for _, breaks in ranks] == [0, 0]
+    for number, case in enumerate(cases):
+        found, wanted = [outcomes[number].losses for outcomes, _ in ranks], references[case.model].losses[:3]
+        assert found[0] == found[1]
+        assert all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(found[0], wanted, strict=True)), case.name

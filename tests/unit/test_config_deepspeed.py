@@ -112,7 +112,7 @@ def test_merged_config_holds_the_recipe_once(tmp_path):
     assert merged["train_micro_batch_size_per_gpu"] == 3
     assert merged["gradient_accumulation_steps"] == 2
     assert merged["gradient_clipping"] == 0.5
-    assert merged["bf16"] == {"enabled": True} and "fp16" not in merged
+    assert merged["bf16"] == {"enabled": True, "immediate_grad_update": True} and "fp16" not in merged
     assert "optimizer" not in merged and "scheduler" not in merged
     assert merged["zero_optimization"]["stage"] == 1
     json.dumps(merged)

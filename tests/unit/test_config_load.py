@@ -268,6 +268,11 @@ def test_pipeline_with_high_zero_stage_is_refused(write, stage):
     assert f"parallel.pipeline=2 cannot be joined with ZeRO stage {stage}" in message
 
 
+def test_fused_blocks_are_refused_where_nothing_would_be_fused(write):
+    assert "parallel.compile=true fuses nothing under ZeRO stage 3" in message_of(write(stage=3), ["--parallel.compile=true"])
+    assert load_recipe(write(stage=2), ["--parallel.compile=true"]).parallel.compile
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_needs_zero_one(write, precision):
     path = write(("precision: fp32", f"precision: {precision}"), stage=0)

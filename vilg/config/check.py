@@ -193,6 +193,15 @@ def _zero(r: Any, known: Surroundings) -> Iterator[Problem]:
         )
 
 
+def _compile(r: Any, known: Surroundings) -> Iterator[Problem]:
+    if r.parallel.compile and r.parallel.engine == "deepspeed" and known.zero_stage == 3:
+        yield Problem(
+            "parallel.compile",
+            f"parallel.compile=true fuses nothing under ZeRO stage 3 of {r.parallel.deepspeed}, which gathers weights "
+            "between the layers' parts; use false, or ds_configs/zero1.json or zero2.json",
+        )
+
+
 def _node(r: Any, known: Surroundings) -> Iterator[Problem]:
     ranks, split = known.node_ranks, r.parallel.tensor * r.parallel.pipeline
     if r.parallel.engine == "torch" or ranks is None:
@@ -346,6 +355,7 @@ RULES: tuple[Rule, ...] = (
     _sequence,
     _recompute,
     _zero,
+    _compile,
     _node,
     _processes,
     _batch,

@@ -76,6 +76,10 @@ def merged_deepspeed_config(recipe: Recipe, *, data_size: int) -> dict[str, Any]
     }
     if recipe.precision != "fp32":
         config[recipe.precision] = {"enabled": True}
+    if recipe.precision == "bf16":
+        # Else ZeRO 1 keeps all gradients in 16 bits as well, 2 bytes a parameter, and clears and adds them up for every
+        # micro-batch before they go into the fp32 sum.
+        config["bf16"]["immediate_grad_update"] = True
     return config
 
 

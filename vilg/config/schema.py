@@ -152,6 +152,11 @@ class ParallelConfig(Section):
         description="What is computed again in the backward instead of kept: selective: each layer's attention branch; "
         "full: whole layers.",
     )
+    compile: bool = Field(
+        False,
+        description="Fuse norms, GELU, biases and residuals by torch.compile; the first step takes a minute longer, and "
+        "16-bit numbers are rounded elsewhere.",
+    )
     recompute_every: PositiveInt = Field(
         1, description="With recompute full: 1 recomputes every layer, n every n-th; the others keep their activations."
     )

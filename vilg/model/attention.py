@@ -47,7 +47,7 @@ class SparseAttend:
             height, width = self.arguments["grid"]
             text_slots = q.shape[2] - height * width
             self.plans[pattern] = attention_plan(
-                pattern=pattern, text_slots=text_slots, dtype=q.dtype, **self.arguments
+                pattern=pattern, text_slots=text_slots, dtype=q.dtype, checked=bool(self.plans), **self.arguments
             )
         return sparse_attention(q, k, v, pattern=pattern, plan=self.plans[pattern], **self.arguments)
 
@@ -74,13 +74,15 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(hidden, hidden, **split)
         self.post_norm = post_norm(config, grid=grid, device=device, dtype=dtype)
 
-    def forward(self, hidden: Tensor, attend: Attend) -> Tensor:
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, C] -> queries, keys, values [B, H, S, D] of this rank's heads."""
         qkv = self.qkv(self.norm(hidden)).unflatten(-1, (-1, 3, self.head_dim))  # [B, S, H, 3, D]
         # Unbound before it is transposed, so that the backward stacks the three gradients in one copy.
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(3))  # [B, H, S, D] each
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(q, k, v, self.pattern)
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(3))
+        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
+
+    def forward(self, hidden: Tensor, attend: Attend) -> Tensor:
+        mixed = attend(*self.project(hidden), self.pattern)
         return self.post_norm(self.out(mixed.transpose(1, 2).flatten(2)))
 
 

@@ -65,16 +65,27 @@ class Block(nn.Module):
             mixed = recomputed(self.attention, hidden, attend)
         else:
             mixed = self.attention(hidden, attend)
-        hidden = hidden + self._drop(mixed, dropout_seeds, site=2 * self.index)
-        return hidden + self._drop(self.ffn(hidden), dropout_seeds, site=2 * self.index + 1)
+        return self.finish(hidden, mixed, dropout_seeds, self._sites(hidden, dropout_seeds))
 
-    def _drop(self, branch: Tensor, seeds: Tensor | None, *, site: int) -> Tensor:
+    def finish(self, hidden: Tensor, mixed: Tensor, seeds: Tensor | None, sites: Tensor | None) -> Tensor:
+        """hidden and the attention branch's result, both [B, S, C], -> the block's result. The same code for every block:
+        what differs between them is a tensor."""
+        hidden = hidden + self._drop(mixed, seeds, sites, 0)
+        return hidden + self._drop(self.ffn(hidden), seeds, sites, 1)
+
+    def _sites(self, hidden: Tensor, seeds: Tensor | None) -> Tensor | None:
+        """The dropout sites of both branches, int64 [2]; None where nothing is dropped."""
         if not self.training or self.dropout == 0.0:
-            return branch
+            return None
         if seeds is None:
             raise ValueError(f"model.dropout={self.dropout} needs dropout_seeds (parallel/rng.py) in training mode")
+        return torch.arange(2 * self.index, 2 * self.index + 2, device=hidden.device)
+
+    def _drop(self, branch: Tensor, seeds: Tensor | None, sites: Tensor | None, number: int) -> Tensor:
+        if sites is None:
+            return branch
         first_slot = self.grid.tensor_rank * branch.shape[1] if self.grid.sequence_parallel else 0
-        return dropout(branch, self.dropout, seeds, site=site, first_slot=first_slot)
+        return dropout(branch, self.dropout, seeds, site=sites[number], first_slot=first_slot)
 
 
 def set_recompute(model: nn.Module, config: ParallelConfig) -> None:
@@ -84,6 +95,19 @@ def set_recompute(model: nn.Module, config: ParallelConfig) -> None:
         if isinstance(block, Block):
             chosen = (block.index + 1) % config.recompute_every == 0
             block.recompute = config.recompute if chosen else "none"
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let `torch.compile` fuse what lies between the matrix products of all blocks of a model, or of a stage: one
+    compilation of each of two functions serves every block, whose weights are arguments of it.
+
+    The attention stays outside: its kernels are compiled already. dynamic=False: the shapes of a run are few (the
+    training batch, the probes), and code for any shape is slower.
+    """
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.attention.project = torch.compile(block.attention.project, dynamic=False)
+            block.finish = torch.compile(block.finish, dynamic=False)
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:

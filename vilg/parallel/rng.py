@@ -23,10 +23,10 @@ def sequence_seeds(seed: int, step: int, first: int, count: int) -> Tensor:
     return torch.tensor([int.from_bytes(word, "big") for word in words], dtype=torch.int64)
 
 
-def dropout(x: Tensor, p: float, seeds: Tensor, *, site: int, first_slot: int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, seeds: Tensor, *, site: int | Tensor, first_slot: int = 0) -> Tensor:
     """x [B, S, C] with entries zeroed with probability p and the rest divided by 1 - p.
 
-    seeds: int64 [B] of `sequence_seeds`. site: number of the place in the model. first_slot: whole-sequence slot of
+    seeds: int64 [B] of `sequence_seeds`. site: number of the place in the model (a tensor: int64 on x's device). first_slot: whole-sequence slot of
     x's first (sequence parallelism holds a range of slots).
     """
     if p == 0.0:
@@ -34,7 +34,7 @@ def dropout(x: Tensor, p: float, seeds: Tensor, *, site: int, first_slot: int = 
     return x * keep_mask(x.shape, p, seeds.to(x.device), site=site, first_slot=first_slot).to(x.dtype).div_(1.0 - p)
 
 
-def keep_mask(shape: tuple[int, int, int], p: float, seeds: Tensor, *, site: int, first_slot: int = 0) -> Tensor:
+def keep_mask(shape: tuple[int, int, int], p: float, seeds: Tensor, *, site: int | Tensor, first_slot: int = 0) -> Tensor:
     """Bool [B, S, C], True with probability 1 - p to within 2^-16: four channels share the bits of one 64-bit hash.
 
     The hash of (seed, site, slot, channel // 4) is SplitMix64's finalizer (Steele et al., OOPSLA 2014, figure 16).

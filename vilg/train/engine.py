@@ -21,7 +21,7 @@ from vilg.checkpoint.state import RunState
 from vilg.checkpoint.tensors import host_copy, save_safetensors
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
-from vilg.model.block import set_recompute
+from vilg.model.block import compile_blocks, set_recompute
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.parallel.precision import DTYPES
@@ -74,6 +74,8 @@ def build_model(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.de
 
         model = build_stage(recipe, spec, grid, device)
     set_recompute(model, recipe.parallel)
+    if recipe.parallel.compile:
+        compile_blocks(model)
     return model
 
 
