@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +24,17 @@ from tests.golden.make import DEBUG_RECIPE
 from tests.model_support import mixed_batch
 from vilg.checkpoint.probes import compute_probes
 from vilg.checkpoint.reader import open_weights
+from vilg.checkpoint.reconstructor_file import read_reconstructor_file
 from vilg.checkpoint.save import Saver
 from vilg.checkpoint.state import RunState, parameter_table
 from vilg.config import Recipe, load_recipe
 from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec, collate, image_to_text, text_to_image
+from vilg.tokens.vqgan import ImageTokenizer, ImageTokenizerConfig
 from vilg.train.distributed import distributed
 from vilg.train.engine import Engine, build_engine, build_model
+from vilg.train.reconstruction import build_reconstruction
 from vilg.train.step import StepResult, count, plan_step
 
 SPEC = SequenceSpec(text_slots=8, grid=(4, 4), text_vocab_size=24, image_vocab_size=16)  # 24 slots: 2 and 4 divide them
@@ -61,7 +64,19 @@ MODELS = {
         "model.dropout": 0.1,
         "loss.z_loss": 1e-3,
     },
+    "end to end": {
+        "model.dropout": 0.1,
+        "model.reconstructor.ramp_steps": 4,
+        "model.reconstructor.lr": 1e-2,
+        "model.reconstructor.adversarial.weight": 0.5,
+        "model.reconstructor.adversarial.start_step": 2,
+        "model.reconstructor.adversarial.ramp_steps": 2,
+        "model.reconstructor.adversarial.r1_every": 2,
+        "model.reconstructor.adversarial.width": 8,
+        "model.reconstructor.adversarial.layers": 1,
+    },
 }
+FACTOR = 2  # pixels per code of the end-to-end model's image tokenizer
 # What a DeepSpeed file may add to ZeRO; the second needs stage 3 and cuts the weights over two ranks of the data ranks.
 ZERO_EXTRAS = {
     "optimizer on the host": {"offload_optimizer": {"device": "cpu"}},
@@ -117,18 +132,27 @@ class Case:
 @dataclass(frozen=True)
 class Outcome:
     """losses, norms: of each step (the norm before clipping). gradients: of step 1, clipped, whole, by name. logits: of
-    the weights at the end, for the batch that is stored in checkpoints."""
+    the weights at the end, for the batch that is stored in checkpoints. beside, figures: what end-to-end training has
+    beside the model at the end, on the rank that saves it, and what it logged in each step."""
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, Tensor]
     logits: Tensor
+    beside: dict[str, Tensor]
+    figures: list[dict[str, float]]
 
 
 def micro_batch(step: int, place: int) -> SequenceBatch:
     """Micro-batch number `place` of a step's global batch: of both directions, but the second of four has no text
-    targets and the third no image targets."""
-    seed = 100 * step + place
+    targets and the third no image targets. Every image target has its pixels."""
+    batch = _micro_batch_of_codes(100 * step + place, place)
+    count, side = int(batch.image_is_target.sum()), SPEC.grid[0] * FACTOR
+    pixels = np.random.default_rng([step, place]).integers(0, 256, (count, side, side, 3), np.uint8)
+    return replace(batch, images=torch.from_numpy(pixels) if count else None)
+
+
+def _micro_batch_of_codes(seed: int, place: int) -> SequenceBatch:
     if place % 4 not in (1, 2):
         return mixed_batch(SPEC, seed=seed)
     draw = np.random.default_rng(seed)
@@ -156,7 +180,8 @@ class Trainer:
         grid = Grid.build(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
         model = build_model(recipe, SPEC, grid, device)
         model.reset_parameters(recipe.seed)
-        return cls(recipe, grid, build_engine(recipe, grid, model, device))
+        reconstruction = build_reconstruction(recipe, grid, model, image_tokenizer(), device, fresh=True)
+        return cls(recipe, grid, build_engine(recipe, grid, model, device, reconstruction))
 
     def step(self, step: int, *, loss_limit: float = math.inf) -> StepResult:
         """One optimizer step, numbered from 1, over this rank's share of its global batch."""
@@ -165,6 +190,15 @@ class Trainer:
         targets = dict(text_targets=text_targets, image_targets=image_targets)
         plan = plan_step(self.recipe, step, **targets, loss_limit=loss_limit)
         return self.engine.train_step(batches[self.grid.data_rank :: self.grid.data_size], plan)
+
+
+def image_tokenizer() -> ImageTokenizer:
+    """An untrained one that fits `SPEC`."""
+    torch.manual_seed(0)
+    shape = dict(encoder_width=8, decoder_width=8, decoder_blocks=1, code_dim=4, num_codes=SPEC.image_vocab_size)
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(image_size=SPEC.grid[0] * FACTOR, factor=FACTOR, **shape))
+    tokenizer.codebook.vectors.normal_()
+    return tokenizer
 
 
 def train(case: Case, steps: int, ranks: Ranks, folder: Path) -> Outcome:
@@ -186,7 +220,17 @@ def train(case: Case, steps: int, ranks: Ranks, folder: Path) -> Outcome:
         norms=[float(result.grad_norm) for result in results],
         gradients=gradients,
         logits=torch.cat([probes.text_logits.flatten(), probes.image_logits.flatten()]),
+        beside=_beside(trainer, folder),
+        figures=[dict(result.figures) for result in results],
     )
+
+
+def _beside(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
+    reconstruction = trainer.engine.reconstruction
+    for name, write in (reconstruction.files(copy=False) if reconstruction else {}).items():
+        write(folder / name)
+        return read_reconstructor_file(folder)
+    return {}
 
 
 def _first_gradients(trainer: Trainer, ranks: Ranks, folder: Path) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def global_steps(
     for _ in range(steps):
         parts = [next(iterator) for iterator in iterators]
         in_order = [parts[r][j] for j in range(GLOBAL // micro // ranks) for r in range(ranks)]
-        result.append({name: np.concatenate([getattr(b, name) for b in in_order]) for name in vars(in_order[0])})
+        result.append({name: np.concatenate([getattr(b, name) for b in in_order]) for name in in_order[0].tensors()})
     return result, loaders
 
 
@@ -125,7 +125,7 @@ def test_workers_outlive_the_signals_that_ask_the_trainer_to_stop(folder):
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
     found += [next(steps)[0] for _ in range(11)]
-    assert_same([{k: v.numpy() for k, v in vars(batch).items()} for batch in found], expected)
+    assert_same([{k: v.numpy() for k, v in batch.tensors().items()} for batch in found], expected)
     workers = multiprocessing.active_children()
     assert workers
     steps.close()

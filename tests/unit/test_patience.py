@@ -53,7 +53,7 @@ def test_a_stalled_read_is_named_and_tried_again_and_the_batch_is_the_same(folde
     (expected,) = next(iter(loader(folder, 0)))
     asked = stall(monkeypatch, never, times=2)
     (batch,) = next(iter(loader(folder, 0.5)))
-    assert all((getattr(batch, name) == value).all() for name, value in vars(expected).items())
+    assert all((getattr(batch, name) == value).all() for name, value in expected.tensors().items())
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2 and all(f"{asked[0]} has not answered" in note for note in notes)
     assert "(3 attempts left)" in notes[0] and "(2 attempts left)" in notes[1]

@@ -23,6 +23,7 @@ from vilg.checkpoint.huggingface.files import config_keys, write_files
 from vilg.checkpoint.load import find_checkpoint
 from vilg.checkpoint.probes import TOLERANCE, compute_probes, largest_difference, largest_logit, load_probes
 from vilg.checkpoint.reader import Weights, open_weights
+from vilg.checkpoint.reconstructor_file import kept_weights, read_reconstructor_file
 from vilg.checkpoint.state import RunState
 from vilg.checkpoint.stream import Progress, load_when_used, plan_files, write_weights
 from vilg.checkpoint.tensors import write_failure
@@ -34,6 +35,7 @@ from vilg.inference.format import (
     GENERATION_FILE,
     IMAGE_TOKENIZER_FOLDER,
     INDEX_FILE,
+    RECONSTRUCTOR_FOLDER,
     TEXT_MODEL_FILE,
     generation_settings,
     weights_file,
@@ -41,6 +43,7 @@ from vilg.inference.format import (
 from vilg.inference.load import empty_model, read_description
 from vilg.inference.sampling import SamplingConfig
 from vilg.inference.weights import FolderWeights
+from vilg.model.reconstructor import save_reconstructor
 from vilg.parallel.precision import DTYPE_OF_NAME, DTYPES, dtype_name
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
@@ -106,6 +109,7 @@ def export(
         text = _write_tokenizers(partial, state, text_model, image_model)
         with _bar("writing", size, show_progress) as bar:
             _write_weights(partial, weights, DTYPES[dtype], shard_bytes, bar.update)
+        _write_reconstructor(partial, checkpoint, state)
         _write_texts(partial, checkpoint, state, dtype, parameters, text_pieces=text.vocab_size)
         difference = None
         if verify:
@@ -171,6 +175,14 @@ def _write_tokenizers(
     image.save(folder / IMAGE_TOKENIZER_FOLDER)
     write_files(folder, text)
     return text
+
+
+def _write_reconstructor(folder: Path, checkpoint: Path, state: RunState) -> None:
+    """Mapping and decoder of end-to-end training in fp32: their moving average if the run keeps one."""
+    if state.recipe["model"].get("reconstructor") is None:
+        return
+    facts = {"step": state.step, "image_tokenizer": state.tokenizers["image"]}
+    save_reconstructor(folder / RECONSTRUCTOR_FOLDER, kept_weights(read_reconstructor_file(checkpoint)), facts)
 
 
 def _write_weights(

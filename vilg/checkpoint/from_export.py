@@ -17,7 +17,7 @@ from vilg.inference.weights import FolderWeights
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceSpec
 
-_FREE = {"dropout", "init_std", "embedding_gradient"}  # of the model's keys: how it is trained, not what it computes
+_FREE = {"dropout", "init_std", "embedding_gradient", "reconstructor"}  # of the model's keys: how it is trained, not what it computes
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint, verify_files
 from vilg.checkpoint.probes import PROBE_FILE
 from vilg.checkpoint.reader import open_weights
+from vilg.checkpoint.reconstructor_file import entries, read_reconstructor_file
 from vilg.checkpoint.state import STATE_FILE, RunState, read_state
 from vilg.errors import UserError
 
@@ -85,8 +86,21 @@ def _checkpoint_report(checkpoint: Path, *, verify: bool) -> dict:
         "num_parameters": sum(math.prod(shape) for _, shape in weights.sizes()),
         "bytes_per_number": weights.dtype.itemsize,
         "parameters": {name: state.parameters[name] for name in weights.names},
+        "reconstructor": _reconstructor(checkpoint, state),
         "files": state.files,
         "checksums": state.checksums,
+    }
+
+
+def _reconstructor(checkpoint: Path, state: RunState) -> dict | None:
+    """What end-to-end training keeps beside the model; None without it."""
+    if state.recipe["model"].get("reconstructor") is None:
+        return None
+    tensors = read_reconstructor_file(checkpoint)
+    sizes = {owner: entries(tensors, owner, "weight") for owner in ("reconstructor", "discriminator")}
+    return {
+        **{owner: sum(tensor.numel() for tensor in found.values()) for owner, found in sizes.items()},
+        "moving_average": bool(entries(tensors, "reconstructor", "ema")),
     }
 
 
@@ -111,6 +125,12 @@ def _lines(report: dict, parameters: bool) -> list[str]:
         f"image tokenizer {report['tokenizers']['image'][:12]}, probes {str(report['probes_sha256'])[:12]}",
         f"  {report['num_parameters']:,} parameters in {len(report['parameters'])} tensors",
     ]
+    if found := report["reconstructor"]:
+        average = "with" if found["moving_average"] else "without"
+        lines.append(
+            f"  reconstructor: {found['reconstructor']:,} parameters ({average} a moving average), "
+            f"discriminator {found['discriminator']:,}"
+        )
     if parameters:
         lines += _table(report["parameters"], report["bytes_per_number"])
     size = sum(report["files"].values())

@@ -67,7 +67,7 @@ def compute_probes(
 
 def save_probes(probes: Probes, path: Path) -> str:
     """Write and flush them; the file's checksum."""
-    tensors = {f"inputs.{f.name}": getattr(probes.inputs, f.name) for f in fields(SequenceBatch)}
+    tensors = {f"inputs.{name}": tensor for name, tensor in probes.inputs.tensors().items()}
     tensors |= {"text_logits": probes.text_logits.contiguous(), "image_logits": probes.image_logits.contiguous()}
     return save_safetensors(tensors, path, metadata={"format_version": "1", "dtype": probes.dtype})
 
@@ -83,7 +83,7 @@ def load_probes(folder: Path) -> Probes:
         raise UserError(f"{path}: cannot be read ({error}); use another checkpoint, or --no-verify") from None
     if version != "1":
         raise UserError(f"{path}: format_version {version!r}; this vilg reads 1")
-    inputs = SequenceBatch(**{f.name: tensors[f"inputs.{f.name}"] for f in fields(SequenceBatch)})
+    inputs = SequenceBatch(**{f.name: tensors.get(f"inputs.{f.name}") for f in fields(SequenceBatch)})
     return Probes(inputs, tensors["text_logits"], tensors["image_logits"], dtype)
 
 

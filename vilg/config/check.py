@@ -326,6 +326,24 @@ def _samples(r: Any, known: Surroundings) -> Iterator[Problem]:
         )
 
 
+def _reconstructor(r: Any, known: Surroundings) -> Iterator[Problem]:
+    end_to_end = r.model.reconstructor
+    if end_to_end is None:
+        return
+    pixels = {name: getattr(end_to_end, name) for name in ("l1", "mse", "perceptual")}
+    if not any(pixels.values()):
+        yield Problem("model.reconstructor.l1", "model.reconstructor: l1, mse and perceptual are all 0; use l1=1")
+    drawn = {"both": 1.0, "alternate": r.data.text_to_image_fraction, "answer": 0.0}[r.data.directions]
+    if not drawn:
+        given = f"data.directions={r.data.directions} with data.text_to_image_fraction={r.data.text_to_image_fraction:g}"
+        yield Problem("model.reconstructor", f"model.reconstructor learns from text -> image sequences, and {given} leaves none")
+    if end_to_end.balance and not end_to_end.stop_gradient and r.loss.image_weight == 0:
+        yield Problem(
+            "model.reconstructor.balance",
+            "model.reconstructor.balance measures against the image loss, and loss.image_weight=0; use balance=false",
+        )
+
+
 def _keep_every(r: Any, known: Surroundings) -> Iterator[Problem]:
     keep, every = r.checkpoint.keep_every, r.checkpoint.every_steps
     if keep % every:
@@ -364,6 +382,7 @@ RULES: tuple[Rule, ...] = (
     _urls,
     _loss,
     _samples,
+    _reconstructor,
     _keep_every,
     _spikes,
 )

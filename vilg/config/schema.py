@@ -33,6 +33,62 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class AdversarialConfig(Section):
+    """A discriminator that looks at patches of decoded and of real images (VQGAN, 2012.09841, section 3.1)."""
+
+    weight: float = Field(0.0, ge=0, description="Weight of the adversarial loss beside the pixel losses; 0: none.")
+    start_step: PositiveInt = Field(1000, description="Step at which the discriminator begins to learn and to count.")
+    ramp_steps: int = Field(
+        500, ge=0, description="Steps from start_step over which the weight grows linearly from 0; the discriminator learns."
+    )
+    adaptive: bool = Field(
+        True,
+        description="Scale its gradient at the decoded pixels to the norm of the pixel losses' (2012.09841, equation 7).",
+    )
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate of the discriminator; follows the run's schedule.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of the discriminator.")
+    r1_weight: float = Field(
+        1.0, ge=0, description="Half of this times the squared gradient at real images (R1, 1801.04406); 0: none."
+    )
+    r1_every: PositiveInt = Field(
+        16, description="Steps between two such penalties, each counted so many times (lazy regularisation, 1912.04958)."
+    )
+    width: PositiveInt = Field(64, description="Channels of the discriminator's first layer.")
+    layers: PositiveInt = Field(3, description="Layers of the discriminator that halve the sides.")
+
+
+class ReconstructorConfig(Section):
+    """End-to-end training: pixels from the last layer's hidden states of the image slots (2112.15283, section 3.1.3)."""
+
+    mapping_width: int = Field(
+        0, ge=0, description="Hidden width of the mapping network from states to the decoder's input; 0: hidden_size."
+    )
+    stop_gradient: bool = Field(False, description="Train mapping and decoder alone; the transformer learns nothing of it.")
+    weight: float = Field(
+        1.0, gt=0, description="Weight of the reconstruction beside the generation loss (section 5: equal weights)."
+    )
+    ramp_steps: int = Field(1000, ge=0, description="Steps over which that weight grows linearly from 0.")
+    balance: bool = Field(
+        True,
+        description="Scale the reconstruction's gradient at the hidden states to `weight` times the generation's norm there.",
+    )
+    largest_balance: float = Field(10.0, gt=0, description="The most that `balance` enlarges that gradient.")
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate of mapping and decoder; follows the run's schedule.")
+    betas: tuple[BelowOne, BelowOne] = Field(
+        (0.5, 0.9), description="Adam's decay of the moments, for mapping, decoder and discriminator (taming: 0.5, 0.9)."
+    )
+    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of mapping and decoder together.")
+    ema: BelowOne = Field(
+        0.999, description="Decay per step of the moving average of mapping and decoder, which exports hold; 0: none."
+    )
+    l1: float = Field(1.0, ge=0, description="Weight of the mean absolute error of pixels in [-1, 1].")
+    mse: float = Field(1.0, ge=0, description="Weight of the mean squared error of pixels.")
+    perceptual: float = Field(
+        1.0, ge=0, description="Weight of the multi-scale edge loss that stands for a perceptual one; 0: none."
+    )
+    adversarial: AdversarialConfig = AdversarialConfig()
+
+
 class ModelConfig(Section):
     """Shape of the transformer (ERNIE-ViLG, arXiv 2112.15283, section 4.1: 48 layers, 4096, 64 heads)."""
 
@@ -57,6 +113,9 @@ class ModelConfig(Section):
     )
     dropout: BelowOne = Field(0.0, description="Probability of dropping a residual branch's output entries.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of the weights at the start.")
+    reconstructor: ReconstructorConfig | None = Field(
+        None, description="End-to-end training of generator and image decoder; without this section: two stages."
+    )
 
 
 class TokensConfig(Section):

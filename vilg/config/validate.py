@@ -72,7 +72,7 @@ def _suggestion(model: type[BaseModel], path: KeyPath) -> str:
     near = did_you_mean(wrong, valid)
     if near:
         return near
-    elsewhere = [dotted(p) for p in _all_keys(model, ()) if p[-1] == wrong]
+    elsewhere = [dotted(p) for p in sorted(_all_keys(model, ()), key=len) if p[-1] == wrong]
     if elsewhere:
         return f"; did you mean '{elsewhere[0]}'?"
     return f"; valid here: {', '.join(valid)}" if valid else ""

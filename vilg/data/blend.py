@@ -67,10 +67,12 @@ class Blend:
     def __len__(self) -> int:
         return self.num_samples
 
-    def check(self, spec: SequenceSpec, *, image_tokenizer_hash: str | None = None) -> None:
+    def check(
+        self, spec: SequenceSpec, *, image_tokenizer_hash: str | None = None, image_size: int | None = None
+    ) -> None:
         """As `TokenDataset.check`, of every part."""
         for part in self.parts:
-            part.check(spec, image_tokenizer_hash=image_tokenizer_hash)
+            part.check(spec, image_tokenizer_hash=image_tokenizer_hash, image_size=image_size)
 
     def sample(self, number: int) -> TokenSample:
         """As `TokenDataset.sample`."""

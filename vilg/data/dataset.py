@@ -12,7 +12,7 @@ import numpy as np
 from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta, decode_questions
 from vilg.data.manifest import Manifest
 from vilg.data.order import Order
-from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, index_shard
+from vilg.data.shards import PIXELS, ShardIndex, ShardReader, file_sha256, index_shard
 from vilg.data.tar import ShardError
 from vilg.errors import UserError
 from vilg.tokens.sequence import SequenceSpec
@@ -34,12 +34,14 @@ class SampleError(UserError):
 
 @dataclass(frozen=True)
 class TokenSample:
-    """codes: uint16 [N]; captions: one or more; meta: the sample's JSON object; questions: with their answers."""
+    """codes: uint16 [N]; captions: one or more; meta: the sample's JSON object; questions: with their answers; image: the
+    bytes of the resized image as a PNG, where the shards hold it."""
 
     codes: np.ndarray
     captions: tuple[str, ...]
     meta: dict
     questions: tuple[tuple[str, str], ...] = ()
+    image: bytes | None = None
 
 
 class TokenDataset:
@@ -90,8 +92,13 @@ class TokenDataset:
         """In which order a run of this seed visits the samples."""
         return Order(self.num_samples, seed)
 
-    def check(self, spec: SequenceSpec, *, image_tokenizer_hash: str | None = None) -> None:
-        """Raise UserError unless these tokens are what a recipe with `spec` (and that image tokenizer) expects."""
+    def check(
+        self, spec: SequenceSpec, *, image_tokenizer_hash: str | None = None, image_size: int | None = None
+    ) -> None:
+        """Raise UserError unless these tokens are what a recipe with `spec` (and that image tokenizer) expects.
+
+        image_size: side in pixels of the images that must lie beside the codes.
+        """
         manifest, where = self.manifest, self.folder / "manifest.json"
         if tuple(spec.grid) != manifest.grid:
             raise UserError(
@@ -107,6 +114,13 @@ class TokenDataset:
             raise UserError(
                 f"{where} was made with image tokenizer {manifest.image_tokenizer[:12]}, but tokens.image_model is "
                 f"{image_tokenizer_hash[:12]}; name the tokenizer that made the data, or tokenize the data again"
+            )
+
+        if image_size is not None and manifest.image_size != image_size:
+            held = "no images" if manifest.image_size is None else f"images of {manifest.image_size} pixels"
+            raise UserError(
+                f"model.reconstructor needs images of {image_size} pixels beside the codes, but {where} has {held}; "
+                "tokenize the data again with `vilg data tokenize --store-images`"
             )
 
     def read(self, index: int) -> tuple[np.ndarray, str, dict]:
@@ -127,7 +141,8 @@ class TokenDataset:
         try:
             codes = decode_codes(fields.get("img.npy"), grid[0] * grid[1], self.manifest.image_vocab_size)
             meta = decode_meta(fields.get("json"))
-            return TokenSample(codes, decode_captions(fields.get("txt"), meta), meta, decode_questions(meta))
+            captions, questions = decode_captions(fields.get("txt"), meta), decode_questions(meta)
+            return TokenSample(codes, captions, meta, questions, fields.get(PIXELS))
         except BadField as error:
             raise self.error(index, error.reason, str(error)) from None
 
@@ -179,7 +194,7 @@ class TokenDataset:
         found = file_sha256(path)
         if found != entry.sha256:
             raise ShardError(path, f"has SHA-256 {found}, the manifest says {entry.sha256}: damaged or replaced")
-        index = index_shard(path, TOKEN_FIELDS, sha256=found)
+        index = index_shard(path, self.manifest.fields, sha256=found)
         if len(index) != entry.samples:
             raise ShardError(path, f"holds {len(index)} samples, the manifest says {entry.samples}")
         for folder in self.index_folders:

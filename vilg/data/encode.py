@@ -21,10 +21,18 @@ import torch
 from torch import Tensor
 
 from vilg.data.dataset import INDEX_FOLDER, index_path
-from vilg.data.fields import BadField, decode_captions, decode_meta, decode_questions, describe, encode_codes
+from vilg.data.fields import (
+    BadField,
+    decode_captions,
+    decode_meta,
+    decode_questions,
+    describe,
+    encode_codes,
+    encode_pixels,
+)
 from vilg.data.manifest import ShardEntry
 from vilg.data.records import Record, Rejected, record_path
-from vilg.data.shards import IMAGE_FIELDS, TOKEN_FIELDS, ShardIndex, ShardReader, index_shard
+from vilg.data.shards import IMAGE_FIELDS, PIXELS, TOKEN_FIELDS, ShardIndex, ShardReader, index_shard
 from vilg.data.writer import ShardWriter
 from vilg.errors import UserError
 from vilg.tokens.vqgan.images import BadImage, Crop, decode_image, to_float
@@ -61,7 +69,8 @@ class Recipe:
 
     image_size: side in pixels; batch_size: images per encoder call. views: samples made of an image; with
     `least_crop` each shows a random square of at least that share of the shorter side, drawn by (seed, key, view);
-    without it there is one view, the middle.
+    without it there is one view, the middle. images: the pixels that were encoded are stored beside the codes, for
+    end-to-end training.
     """
 
     image_size: int
@@ -69,6 +78,7 @@ class Recipe:
     views: int = 1
     least_crop: float | None = None
     seed: int = 0
+    images: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.image_size < 1 or self.views < 1:
@@ -79,8 +89,8 @@ class Recipe:
             raise UserError(f"--least-crop {self.least_crop} is not from {LEAST_CROP} to 1")
 
     def job(self) -> dict[str, object]:
-        """For job.json."""
-        return asdict(self)
+        """For job.json. Jobs from before there were images hold nothing about them."""
+        return {**asdict(self), "images": self.images or None}
 
     def key(self, key: str, view: int) -> str:
         """The token sample's key: the raw one's, with the view where there are several."""
@@ -144,7 +154,8 @@ def encode_shards(
                     _write_batch(writer, batch, samples, image_tokenizer, recipe, device, rejected)
                     for _ in samples:
                         count.image_done()
-            yield _record(writer, out, shard, index, tuple(rejected))
+            token_fields = (*TOKEN_FIELDS, PIXELS) if recipe.images else TOKEN_FIELDS
+            yield _record(writer, out, shard, index, tuple(rejected), token_fields)
 
 
 def _batches(
@@ -215,13 +226,19 @@ def _write_batch(
     images = to_float(np.stack([sample.pixels for sample in good])).to(device)
     codes = image_tokenizer.encode(images).flatten(1).cpu().numpy().astype(np.uint16)  # [B, N]
     for sample, row in zip(good, codes, strict=True):
-        writer.write(recipe.key(sample.key, batch.view), {"img.npy": encode_codes(row), **sample.fields})
+        fields = {"img.npy": encode_codes(row), **sample.fields}
+        if recipe.images:
+            fields[PIXELS] = encode_pixels(sample.pixels)
+        writer.write(recipe.key(sample.key, batch.view), fields)
 
 
-def _record(writer: ShardWriter, out: Path, shard: Path, index: ShardIndex, rejected: tuple[Rejected, ...]) -> Record:
+def _record(
+    writer: ShardWriter, out: Path, shard: Path, index: ShardIndex, rejected: tuple[Rejected, ...],
+    token_fields: Sequence[str],
+) -> Record:  # fmt: skip
     """Leave the index and the record of a shard that has its name; whoever sees the record may rely on both others."""
     entry = ShardEntry(shard.name, writer.samples, writer.bytes, writer.sha256)
-    token_index = index_shard(writer.path, TOKEN_FIELDS, sha256=writer.sha256)
+    token_index = index_shard(writer.path, token_fields, sha256=writer.sha256)
     token_index.save(index_path(out / INDEX_FOLDER, shard.name))
     record = Record(entry, index.fingerprint, rejected)
     record.save(record_path(out, shard.name))

@@ -1,4 +1,4 @@
-"""The fields of a token-shard sample: codes, captions, JSON. Bytes in, checked values out; nothing is unpickled."""
+"""The fields of a token-shard sample: codes, captions, JSON, pixels. Bytes in, checked values out; nothing is unpickled."""
 
 import io
 import json
@@ -6,6 +6,9 @@ import re
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
+
+from vilg.tokens.vqgan.images import BadImage, decode_image
 
 
 class BadField(ValueError):
@@ -68,6 +71,23 @@ def _unusual_codes(data: bytes, num: int) -> np.ndarray:
     if len(data) - file.tell() != 2 * num:
         raise BadField("undecodable codes", f"img.npy has {len(data) - file.tell()} bytes of data, not {2 * num}")
     return np.frombuffer(data, "<u2", num, file.tell())
+
+
+def encode_pixels(pixels: np.ndarray) -> bytes:
+    """A PNG of uint8 [S, S, 3]: no loss, and what every reader of web datasets knows."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def decode_pixels(data: bytes | None, size: int) -> np.ndarray:
+    """uint8 [size, size, 3] of such a PNG. Raises BadField if there is none, or it is anything else."""
+    if data is None:
+        raise BadField("no image", "has no png, which the manifest promises")
+    try:
+        return decode_image(data, size)
+    except BadImage as error:
+        raise BadField("bad image", describe(error)) from None
 
 
 def decode_meta(data: bytes | None) -> dict:

@@ -7,6 +7,7 @@ what passes here is what the loader can read.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from tqdm import tqdm
 
 from vilg.data.children import cores, mapped
 from vilg.data.dataset import INDEX_FOLDER, index_path
-from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta, decode_questions
+from vilg.data.fields import BadField, decode_captions, decode_codes, decode_meta, decode_pixels, decode_questions
 from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry
-from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, index_shard
+from vilg.data.shards import PIXELS, ShardIndex, ShardReader, file_sha256, index_shard
 from vilg.data.tar import ShardError
 from vilg.errors import UserError
 
@@ -50,16 +51,16 @@ def lint(
     for path in sorted(folder.glob("*.tar")):
         if path.name not in listed:
             yield f"{path}: is not in the manifest; it would never be read"
-    check = partial(_shard_faults, folder, codes=manifest.grid[0] * manifest.grid[1],
-                    vocab_size=manifest.image_vocab_size, fast=fast)  # fmt: skip
+    # Without its shards, of which there may be thousands: it goes to every process with every shard.
+    check = partial(_shard_faults, folder, kind=replace(manifest, shards=()), fast=fast)
     checked = mapped(check, manifest.shards, workers=workers)
     shown = dict(total=len(manifest.shards), unit="shard", desc="lint", disable=not (progress and sys.stderr.isatty()))
     for faults in tqdm(checked, **shown):
         yield from faults
 
 
-def _shard_faults(folder: Path, entry: ShardEntry, *, codes: int, vocab_size: int, fast: bool) -> list[str]:
-    """All faults of a shard whose samples have so many codes below `vocab_size`."""
+def _shard_faults(folder: Path, entry: ShardEntry, *, kind: Manifest, fast: bool) -> list[str]:
+    """All faults of a shard whose samples are what `kind` says."""
     path = folder / entry.name
     try:
         size = path.stat().st_size
@@ -70,9 +71,9 @@ def _shard_faults(folder: Path, entry: ShardEntry, *, codes: int, vocab_size: in
         faults.append(f"{path}: SHA-256 is {found}, the manifest says {entry.sha256}")
     faults += _index_faults(folder, entry)
     if not fast:
-        faults += _content_faults(path, entry, codes, vocab_size)
+        faults += _content_faults(path, entry, kind, samples=True)
     elif not index_path(folder / INDEX_FOLDER, entry.name).exists():
-        faults += _content_faults(path, entry)
+        faults += _content_faults(path, entry, kind, samples=False)
     return faults
 
 
@@ -91,11 +92,11 @@ def _index_faults(folder: Path, entry: ShardEntry) -> Iterator[str]:
         yield str(error)
 
 
-def _content_faults(path: Path, entry: ShardEntry, codes: int = 0, vocab_size: int = 0) -> Iterator[str]:
-    """Faults of the archive; if `codes` is not 0, those of every sample as well."""
+def _content_faults(path: Path, entry: ShardEntry, kind: Manifest, *, samples: bool) -> Iterator[str]:
+    """Faults of the archive; with `samples` those of every sample as well."""
     faults: list[ShardError] = []
     try:
-        index = index_shard(path, TOKEN_FIELDS, sha256=entry.sha256, on_fault=faults.append)
+        index = index_shard(path, kind.fields, sha256=entry.sha256, on_fault=faults.append)
     except ShardError as error:
         yield from map(str, faults)
         yield str(error)
@@ -103,19 +104,19 @@ def _content_faults(path: Path, entry: ShardEntry, codes: int = 0, vocab_size: i
     yield from map(str, faults)
     if len(index) != entry.samples:
         yield f"{path}: holds {len(index)} samples, the manifest says {entry.samples}"
-    if not codes:
+    if not samples:
         return
     with ShardReader(path, index) as reader:
         for number in range(len(reader)):
             fields = reader.read(number)
-            for problem in _sample_faults(fields, codes, vocab_size):
+            for problem in _sample_faults(fields, kind):
                 yield f"{path}: key {reader.key(number)!r}: {problem}"
 
 
-def _sample_faults(fields: dict[str, bytes], num: int, vocab_size: int) -> Iterator[str]:
+def _sample_faults(fields: dict[str, bytes], kind: Manifest) -> Iterator[str]:
     meta = {}
     try:
-        decode_codes(fields.get("img.npy"), num, vocab_size)
+        decode_codes(fields.get("img.npy"), kind.grid[0] * kind.grid[1], kind.image_vocab_size)
     except BadField as error:
         yield str(error)
     try:
@@ -130,6 +131,11 @@ def _sample_faults(fields: dict[str, bytes], num: int, vocab_size: int) -> Itera
         decode_questions(meta)
     except BadField as error:
         yield str(error)
+    if kind.image_size is not None:
+        try:
+            decode_pixels(fields.get(PIXELS), kind.image_size)
+        except BadField as error:
+            yield str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

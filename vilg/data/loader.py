@@ -81,11 +81,13 @@ class Loader:
         state: LoaderState | None = None,
         quarantine: Path | None = None,
         image_tokenizer_hash: str | None = None,
+        image_size: int | None = None,
     ):
         """Sizes count pairs; with `directions: both` a micro-batch holds 2 * micro_size sequences.
 
         state: continue there (from any other layout; global_size may differ too). quarantine: JSONL file to which bad
         samples are appended, one per rank. image_tokenizer_hash: checked against the manifest if given.
+        image_size: side in pixels of the images that text -> image sequences carry; None: no images.
         """
         if global_size % (micro_size * data_size):
             raise UserError(
@@ -94,7 +96,7 @@ class Loader:
             )
         if not 0 <= data_rank < data_size:
             raise ValueError(f"data_rank {data_rank} is not in 0..{data_size - 1}")
-        dataset.check(spec, image_tokenizer_hash=image_tokenizer_hash)
+        dataset.check(spec, image_tokenizer_hash=image_tokenizer_hash, image_size=image_size)
         if text_tokenizer.vocab_size > spec.text_vocab_size:
             raise UserError(
                 f"tokens.text_vocab_size={spec.text_vocab_size}, but the text tokenizer has "
@@ -115,6 +117,7 @@ class Loader:
             micro_size=micro_size,
             data_rank=data_rank,
             data_size=data_size,
+            image_size=image_size,
         )
         self._builder = PatientBuilder(builder, data_config.read_timeout)
         self.samples_seen = 0

@@ -2,6 +2,8 @@
 
     {"format_version": 1, "image_tokenizer": HASH, "grid": [H, W], "image_vocab_size": V, "num_samples": n,
      "shards": [{"name": "00000.tar", "samples": 1000, "bytes": 4106240, "sha256": HEX}, ...]}
+
+and, where every sample holds its resized image too, "image_size": its side in pixels.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from vilg.data.shards import PIXELS, TOKEN_FIELDS
 from vilg.errors import UserError
 from vilg.tokens.files import write_atomically
 
@@ -33,13 +36,19 @@ class Manifest:
     """A folder of token shards, in the order in which their samples are numbered.
 
     image_tokenizer: `ImageTokenizer.hash` of the encoder; grid: [H, W] tokens of an image; image_vocab_size: codes lie
-    in 0 .. image_vocab_size - 1.
+    in 0 .. image_vocab_size - 1. image_size: side in pixels of the images that lie beside the codes, None without.
     """
 
     image_tokenizer: str
     grid: tuple[int, int]
     image_vocab_size: int
     shards: tuple[ShardEntry, ...]
+    image_size: int | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a sample."""
+        return TOKEN_FIELDS if self.image_size is None else (*TOKEN_FIELDS, PIXELS)
 
     @property
     def num_samples(self) -> int:
@@ -56,6 +65,7 @@ class Manifest:
             "image_tokenizer": self.image_tokenizer,
             "grid": list(self.grid),
             "image_vocab_size": self.image_vocab_size,
+            **({} if self.image_size is None else {"image_size": self.image_size}),
             "num_samples": self.num_samples,
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -87,7 +97,8 @@ def _checked(data: object) -> Manifest:
     version = data["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"format_version {version!r} is unknown; this vilg reads {FORMAT_VERSION}")
-    unknown = set(data) - {"format_version", "image_tokenizer", "grid", "image_vocab_size", "num_samples", "shards"}
+    known = {"format_version", "image_tokenizer", "grid", "image_vocab_size", "image_size", "num_samples", "shards"}
+    unknown = set(data) - known
     if unknown:
         raise ValueError(f"unknown key {sorted(unknown)[0]!r}")
     grid = data["grid"]
@@ -97,10 +108,12 @@ def _checked(data: object) -> Manifest:
         raise ValueError(f"image_vocab_size {data['image_vocab_size']!r} is not in 1..65536 (codes are uint16)")
     if not isinstance(data["image_tokenizer"], str):
         raise ValueError("image_tokenizer is not a string")
+    if "image_size" in data and not (_is_count(data["image_size"]) and data["image_size"]):
+        raise ValueError(f"image_size {data['image_size']!r} is no number of pixels")
     shards = tuple(_checked_entry(entry) for entry in _list(data["shards"]))
     if len({shard.name for shard in shards}) != len(shards):
         raise ValueError("two shards have one name")
-    manifest = Manifest(data["image_tokenizer"], (grid[0], grid[1]), data["image_vocab_size"], shards)
+    manifest = Manifest(data["image_tokenizer"], (grid[0], grid[1]), data["image_vocab_size"], shards, data.get("image_size"))
     if data["num_samples"] != manifest.num_samples:
         raise ValueError(f"num_samples is {data['num_samples']!r}, but the shards add up to {manifest.num_samples}")
     return manifest

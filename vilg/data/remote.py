@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from vilg.data.dataset import INDEX_FOLDER, TokenDataset, index_path, spare_inde
 from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry
 from vilg.data.order import BLOCK_SAMPLES, WINDOW_SAMPLES
 from vilg.data.pieces import PieceCache
-from vilg.data.shards import TOKEN_FIELDS, ShardIndex, ShardReader, file_sha256, fingerprint, index_shard, split_name
+from vilg.data.shards import ShardIndex, ShardReader, file_sha256, fingerprint, index_shard, split_name
 from vilg.data.tar import ShardError, members, pread_all
 from vilg.errors import UserError
 
@@ -214,7 +214,7 @@ class RemoteDataset(TokenDataset):
             except ShardError as error:
                 if not isinstance(error.__cause__, FileNotFoundError):
                     raise
-                index = _index_of_whole(shard, entry.sha256, temporary)
+                index = _index_of_whole(shard, entry.sha256, temporary, self.manifest.fields)
                 index.save(temporary)
             else:
                 temporary.write_bytes(content)
@@ -278,14 +278,14 @@ class _Ranges:
         return read_url(self.shard, position, end) if end > position else b""
 
 
-def _index_of_whole(shard: Url, sha256: str, temporary: Path) -> ShardIndex:
+def _index_of_whole(shard: Url, sha256: str, temporary: Path, fields: Sequence[str]) -> ShardIndex:
     """The index of a shard that came without one: it is read once as a whole, and so is its hash checked."""
     whole = temporary.with_name(f"{temporary.name}.tar")
     try:
         _patiently(shard, lambda store: store.get_file(shard, str(whole)))
         if (found := file_sha256(whole)) != sha256:
             raise ShardError(shard, f"has SHA-256 {found}, the manifest says {sha256}: damaged or replaced")
-        return index_shard(whole, TOKEN_FIELDS, sha256=sha256)
+        return index_shard(whole, fields, sha256=sha256)
     except ShardError as error:
         raise _of(shard, error, whole) from None
     finally:

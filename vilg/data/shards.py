@@ -22,6 +22,7 @@ from vilg.tokens.files import write_atomically
 from vilg.tokens.vqgan.images import IMAGE_SUFFIXES
 
 TOKEN_FIELDS = ("img.npy", "txt", "json")
+PIXELS = "png"  # field of the resized image, in token shards for end-to-end training
 IMAGE_FIELDS = IMAGE_SUFFIXES
 RAW_FIELDS = (*IMAGE_FIELDS, "txt", "json")
 INDEX_VERSION = 1

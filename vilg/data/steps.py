@@ -6,13 +6,14 @@ Shapes: B pairs of a micro-batch (2B sequences with `directions: both`), T text 
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from vilg.data.blend import Blend
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
+from vilg.data.fields import BadField, decode_pixels
 from vilg.data.order import WINDOW_SAMPLES, uniforms
 from vilg.errors import UserError
 from vilg.tokens.sequence import Sample, SequenceBatch, SequenceSpec, answer, collate, text_to_image
@@ -47,6 +48,15 @@ class BadSample:
     detail: str
 
 
+class Pair(NamedTuple):
+    """Codes uint16 [N], question (empty for a caption) and caption or answer, pixels uint8 [S, S, 3] where wanted."""
+
+    codes: np.ndarray
+    question: Ids
+    text: Ids
+    pixels: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class StepData:
     """One rank's share of a step as numpy arrays: they cross process borders without shared memory or descriptors.
@@ -67,7 +77,8 @@ class StepData:
 class StepBuilder:
     """Callable: first global index of a step -> StepData. Picklable; caches refill in the process that calls it.
 
-    last_sample: when a sample was last asked for (`time.monotonic`), for whoever waits in another thread.
+    image_size: side of the pixels that text -> image sequences carry; None: none. last_sample: when a sample was last
+    asked for (`time.monotonic`), for whoever waits in another thread.
     """
 
     dataset: TokenDataset | Blend
@@ -81,6 +92,7 @@ class StepBuilder:
     micro_size: int
     data_rank: int
     data_size: int
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         self._order = self.dataset.order(self.seed)
@@ -110,8 +122,8 @@ class StepBuilder:
                 sequences: list[Sample] = []
                 for element, number in zip(elements.tolist(), numbers.tolist(), strict=True):
                     chance = chances[element].tolist()
-                    codes, question, text = self._pair(first + element, number, chance[_CAPTION], bad)
-                    sequences += self._sequences(codes, question, text, chance)
+                    pair = self._pair(first + element, number, chance, bad)
+                    sequences += self._sequences(pair, chance)
                 arrays.append(_arrays(collate(sequences)))
         except UserError as error:  # handed over as text: a traceback from a worker would bury it
             return StepData([], mine.size, bad, failure=str(error))
@@ -123,9 +135,8 @@ class StepBuilder:
             self.dataset.read_ahead(self._order(np.arange(first, first + 2 * WINDOW_SAMPLES)))
             self._fetched = first + WINDOW_SAMPLES
 
-    def _pair(self, index: int, number: int, chance: float, bad: list[BadSample]) -> tuple[np.ndarray, Ids, Ids]:
-        """Codes, question and caption or answer at global index `index`, or those of the next good position in its data
-        set's order.
+    def _pair(self, index: int, number: int, chance: list[float], bad: list[BadSample]) -> Pair:
+        """The pair at global index `index`, or that of the next good position in its data set's order.
 
         Only the sample at `index` itself is recorded as bad: its followers are recorded at their own index, once.
         """
@@ -136,7 +147,8 @@ class StepBuilder:
             self._reading, self.last_sample = number, time.monotonic()
             try:
                 sample = self.dataset.sample(number)
-                return sample.codes, *self._texts(number, sample, chance)
+                question, text = self._texts(number, sample, chance[_CAPTION])
+                return Pair(sample.codes, question, text, self._pixels(number, sample) if self._draws(chance) else None)
             except SampleError as error:
                 last = error
                 if attempt == 0:
@@ -185,13 +197,27 @@ class StepBuilder:
                 self._encoded.popitem(last=False)
         return ids
 
-    def _sequences(self, codes: np.ndarray, question: Ids, text: Ids, chance: list[float]) -> list[Sample]:
-        draws = self.directions != "answer" and chance[_DIRECTION] < self.text_to_image_fraction
-        both = self.directions == "both"
-        source = () if chance[_DROPOUT] < self.caption_dropout else text
-        drawn = [text_to_image(self.spec, source, codes)] if draws or both else []
-        return drawn if draws and not both else [*drawn, answer(self.spec, question, text, codes)]
+    def _pixels(self, number: int, sample: TokenSample) -> np.ndarray | None:
+        if self.image_size is None:
+            return None
+        try:
+            return decode_pixels(sample.image, self.image_size)
+        except BadField as error:
+            raise self.dataset.error(number, error.reason, str(error)) from None
+
+    def _draws(self, chance: list[float]) -> bool:
+        """Whether a pair gives a text -> image sequence."""
+        if self.directions in ("both", "answer"):
+            return self.directions == "both"
+        return chance[_DIRECTION] < self.text_to_image_fraction
+
+    def _sequences(self, pair: Pair, chance: list[float]) -> list[Sample]:
+        source = () if chance[_DROPOUT] < self.caption_dropout else pair.text
+        drawn = [text_to_image(self.spec, source, pair.codes, pair.pixels)] if self._draws(chance) else []
+        if drawn and self.directions != "both":
+            return drawn
+        return [*drawn, answer(self.spec, pair.question, pair.text, pair.codes)]
 
 
 def _arrays(batch: SequenceBatch) -> dict[str, np.ndarray]:
-    return {field.name: getattr(batch, field.name).numpy() for field in fields(SequenceBatch)}
+    return {name: tensor.numpy() for name, tensor in batch.tensors().items()}

@@ -109,7 +109,8 @@ def complete(
     check_bad(records, max_bad_fraction, recipe)
     side = recipe.image_size // image_tokenizer.factor
     entries = tuple(record.entry for record in records)
-    manifest = Manifest(image_tokenizer.hash, (side, side), image_tokenizer.vocab_size, entries)
+    size = recipe.image_size if recipe.images else None
+    manifest = Manifest(image_tokenizer.hash, (side, side), image_tokenizer.vocab_size, entries, size)
     if manifest.num_samples == 0:
         raise UserError(f"{raw}: not one usable sample in {len(shards)} shards")
     manifest.save(out)
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     part = _divided(_part(options.part), rank, ranks)
     image_tokenizer = ImageTokenizer.load(options.image_model)
     size = options.image_size if options.image_size is not None else image_tokenizer.image_size
-    recipe = Recipe(size, options.batch_size, options.views, options.least_crop, options.seed)
+    recipe = Recipe(size, options.batch_size, options.views, options.least_crop, options.seed, options.store_images)
     mine = _begin(options.raw, options.out, image_tokenizer, recipe)[part[0] - 1 :: part[1]]
     devices = _devices(options.device, options.processes, local_rank if ranks > 1 else None, mine)
     threads = options.threads if options.threads is not None else max(1, cores() // len(devices))
@@ -190,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--views", type=int, default=1, help="samples made of each image, each another random crop")
     add("--least-crop", type=float, help=f"random squares, at least this share ({LEAST_CROP} to 1) of the shorter side")
     add("--seed", type=int, default=0, help="of the random crops")
+    add("--store-images", action="store_true", help="keep the resized image beside its codes, for end-to-end training")
     add("--device", help="cpu, cuda, cuda:1 ... (default: all GPUs, a process each; without any the CPU)")
     add("--processes", type=int, help="on this machine (default: one a GPU, or one a core if there is enough work)")
     add("--threads", type=int, help="of each process that decode while it encodes (default: cores / processes)")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vilg.data.filters.similarity import ClipScorer
 from vilg.errors import UserError
+from vilg.inference.decode import DECODES
 from vilg.inference.drawing import OnStep
 from vilg.inference.generate import draw_images
 from vilg.inference.options import is_main, opened, parse_options, read_lines
@@ -40,6 +41,10 @@ def generate_main(argv: Sequence[str]) -> int:
         "--guidance-start", type=float, help="guidance of the first slot, moving evenly to --guidance at the last"
     )
     parser.add_argument("--eager", action="store_true", help="on a GPU: start kernel by kernel, without a CUDA graph")
+    parser.add_argument(
+        "--decode", choices=DECODES, default="auto",
+        help="pixels from the codebook, or from hidden states by the reconstructor of end-to-end training (auto: if any)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder for grid.png, pictures and scores.jsonl")
     args = parse_options(parser, argv, temperature=None)
     if args.num < 1:
@@ -65,7 +70,8 @@ def generate_main(argv: Sequence[str]) -> int:
         ) as bar:
             images, codes = draw_images(
                 bundle, prompts, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch,
-                truncate=args.truncate, graph=not args.eager, on_step=_advance(bar, bundle.spec.image_slots),
+                truncate=args.truncate, graph=not args.eager, decode=args.decode,
+                on_step=_advance(bar, bundle.spec.image_slots),
             )  # fmt: skip
         if clip is None:
             scores, scored_by = rerank_scores(bundle, prompts, codes), "log-probability per prompt token"

@@ -12,6 +12,7 @@ GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 TEXT_MODEL_FILE = "text.model"
 IMAGE_TOKENIZER_FOLDER = "image_tokenizer"
+RECONSTRUCTOR_FOLDER = "reconstructor"  # only of a run with model.reconstructor
 
 
 

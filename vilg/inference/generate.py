@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilg.inference.decode import Decode, chosen, decode_pictures
 from vilg.inference.drawing import Drawing, OnStep
 from vilg.inference.image_decoder import ImageDecoder
 from vilg.inference.load import Bundle
@@ -88,13 +89,16 @@ def draw_images(
     batch_rows: int = 64,
     truncate: bool = False,
     graph: bool = True,
+    decode: Decode = "auto",
     progress: Callable[[int], None] | None = None,
     on_step: OnStep | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Pictures for prompts: uint8 [P, num, height, width, 3] and their codes int64 [P, num, N].
 
-    Raises UserError naming a prompt that is empty or, without `truncate`, does not fit the text segment.
+    decode: as `decode_pictures`. Raises UserError naming a prompt that is empty or, without `truncate`, does not fit the
+    text segment, and as `decode_pictures` does.
     """
+    decode = chosen(bundle, decode)
     ids = [bundle.encode_prompt(prompt, truncate=truncate) for prompt in prompts]
     codes = generate_codes(
         bundle.model,
@@ -108,5 +112,6 @@ def draw_images(
         progress=progress,
         on_step=on_step,
     )
-    images = bundle.decode_images(codes.flatten(0, 1))
+    repeated = [row for row in ids for _ in range(num)]
+    images = decode_pictures(bundle, repeated, codes.flatten(0, 1), decode=decode)
     return images.reshape(len(prompts), num, *images.shape[1:]), codes

@@ -20,11 +20,13 @@ from vilg.inference.format import (
     EXPORT_FORMAT_VERSION,
     GENERATION_FILE,
     IMAGE_TOKENIZER_FOLDER,
+    RECONSTRUCTOR_FOLDER,
     TEXT_MODEL_FILE,
     sampling_of,
 )
 from vilg.inference.sampling import SamplingConfig
 from vilg.inference.weights import NO_EXPORT, FolderWeights
+from vilg.model.reconstructor import Reconstructor, load_reconstructor
 from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.parallel.layout import full_shape
@@ -37,7 +39,8 @@ from vilg.tokens.vqgan.images import to_float, to_uint8
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything of one export folder: the model (in evaluation mode), both tokenizers, the default sampling."""
+    """Everything of one export folder: the model (in evaluation mode), both tokenizers, the default sampling;
+    of end-to-end training the reconstructor too."""
 
     name: str
     model: Vilg
@@ -45,6 +48,7 @@ class Bundle:
     text: TextTokenizer
     image: ImageTokenizer
     sampling: SamplingConfig
+    reconstructor: Reconstructor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +149,12 @@ def load_model(
     model = empty_model(folder, description, grid=grid)
     weights, part = FolderWeights(folder), dict(rank=grid.tensor_rank, size=grid.tensor_size)
     model.load_state_dict({name: weights.read(name, **part).to(device, dtype) for name in weights.index}, assign=True)
-    return Bundle(description.name, model.eval().requires_grad_(False), description.spec, text, image.eval(), sampling)
+    model = model.eval().requires_grad_(False)
+    reconstructor = None
+    if description.shape.reconstructor is not None:
+        place = folder / RECONSTRUCTOR_FOLDER
+        reconstructor = load_reconstructor(place, description.shape, image, description.spec.grid, device)
+    return Bundle(description.name, model, description.spec, text, image.eval(), sampling, reconstructor)
 
 
 def empty_model(folder: Path, description: Description, *, grid: Grid | None = None) -> Vilg:

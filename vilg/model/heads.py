@@ -3,16 +3,26 @@
 Legend: B batch, T text slots, S slots, C hidden, V vocabulary (V / size columns per rank when it is split).
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from vilg.config.schema import ModelConfig
 from vilg.parallel.grid import Grid
 from vilg.parallel.layers import ColumnParallelLinear, Norm, enter_split
+from vilg.parallel.ops import join_slots
 from vilg.tokens.sequence import SequenceSpec
 
 
 class Heads(nn.Module):
-    """Residual stream -> logits in the model's dtype; the loss and sampling take them to fp32. Untied, without bias."""
+    """Residual stream -> logits in the model's dtype; the loss and sampling take them to fp32. Untied, without bias.
+
+    watch: what the normed states pass through on their way to the logits and nowhere else, for whoever looks at the
+    generation loss's gradient there. It is given the states [B, s, C] of this rank's slots, and which of them is the
+    first of an image.
+    """
+
+    watch: Callable[[Tensor, int], Tensor] | None = None
 
     def __init__(self, config: ModelConfig, spec: SequenceSpec, *, grid: Grid, device=None, dtype=None):
         super().__init__()
@@ -31,7 +41,22 @@ class Heads(nn.Module):
         """Image slots [B, n, C] -> this rank's columns of the image logits [B, n, V]. For decoding."""
         return self.image_head(self.norm(hidden))
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, C] -> text logits [B, T, Vt], image logits [B, N, Vi] (this rank's columns)."""
-        hidden = enter_split(self.norm(hidden), self.grid.tensor_group, self.grid.sequence_parallel)
-        return self.text_head(hidden[:, : self.text_slots]), self.image_head(hidden[:, self.text_slots :])
+    def forward(self, hidden: Tensor, *, with_states: bool = False) -> tuple[Tensor, ...]:
+        """[B, S, C] -> text logits [B, T, Vt], image logits [B, N, Vi] (this rank's columns).
+
+        with_states: and the normed states of the image slots [B, N, C], whole and the same on every tensor rank.
+        """
+        group, split = self.grid.tensor_group, self.grid.sequence_parallel
+        normed = self.norm(hidden)
+        entered = enter_split(self._watched(normed), group, split)
+        logits = self.text_head(entered[:, : self.text_slots]), self.image_head(entered[:, self.text_slots :])
+        if not with_states:
+            return logits
+        states = join_slots(normed, group) if split else normed
+        return *logits, states[:, self.text_slots :]
+
+    def _watched(self, normed: Tensor) -> Tensor:
+        if self.watch is None:
+            return normed
+        first_slot = self.grid.tensor_rank * normed.shape[1] if self.grid.sequence_parallel else 0
+        return self.watch(normed, max(0, self.text_slots - first_slot))

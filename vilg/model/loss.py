@@ -1,6 +1,7 @@
 """The two losses of the paper (ERNIE-ViLG eq. 3-5): cross entropy over target tokens, per direction, as sums."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,20 +26,26 @@ def direction_losses(
     )
 
 
-LOSS_SUMS = ("text", "image", "text z", "image z")  # what `loss_sums` adds up, in its order
+# What `loss_sums` adds up, in its order; the last two are end-to-end training's, of the decoded pixels.
+LOSS_SUMS = ("text", "image", "text z", "image z", "reconstruction", "adversarial")
+# States [B, N, C], image_is_target [B], images uint8 [b, S, S, 3] -> those last two sums, fp32 [2].
+Reconstruct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def loss_sums(
     text_logits: Tensor, image_logits: Tensor, text_target: Tensor, image_target: Tensor,
-    *, z_loss: bool, group: Group = None,
+    *, z_loss: bool, group: Group = None, reconstructed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The two `direction_losses` and both directions' sums of log^2 Z, fp32 [4]; the last two are 0 unless `z_loss`."""
-    if not z_loss:
+    """`LOSS_SUMS`, fp32 [6]: the two `direction_losses`, both directions' sums of log^2 Z (0 unless `z_loss`), and
+    `reconstructed` [2], or 0."""
+    if z_loss:
+        text, text_z = cross_entropy_and_z_sums(text_logits, text_target, group=group, ignore=IGNORE)
+        image, image_z = cross_entropy_and_z_sums(image_logits, image_target, group=group, ignore=IGNORE)
+    else:
         text, image = direction_losses(text_logits, image_logits, text_target, image_target, group=group)
-        return torch.stack([text, image, torch.zeros_like(text), torch.zeros_like(image)])
-    text, text_z = cross_entropy_and_z_sums(text_logits, text_target, group=group, ignore=IGNORE)
-    image, image_z = cross_entropy_and_z_sums(image_logits, image_target, group=group, ignore=IGNORE)
-    return torch.stack([text, image, text_z, image_z])
+        text_z, image_z = torch.zeros_like(text), torch.zeros_like(image)
+    pixels = text.new_zeros(2) if reconstructed is None else reconstructed
+    return torch.cat([torch.stack([text, image, text_z, image_z]), pixels])
 
 
 def nan_unless_finite(loss: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ What travels between layers, and so between stages, is a tuple of tensors:
 
     into Embed      text_input [B, T], image_input [B, N], text_len, text_prefix, image_is_target [B], dropout_seeds [B]
     between blocks  hidden [B, S, C], text_len, text_prefix, image_is_target [B], dropout_seeds [B]
-    out of Heads    text_logits [B, T, Vt], image_logits [B, N, Vi]
-    labels          text_target [B, T], image_target [B, N], scales fp32 [4]
+    out of Heads    text_logits [B, T, Vt], image_logits [B, N, Vi]; with a reconstructor states [B, N, C] too
+    labels          text_target [B, T], image_target [B, N], scales fp32 [6]; then image_is_target [B], images uint8 too
 
 Only `hidden` is floating, so only its gradient is sent back. Importing this module imports DeepSpeed (seconds); nothing
 else does. DeepSpeed runs it with ZeRO 0 or 1 only.
@@ -25,13 +25,13 @@ from vilg.model.attention import SparseAttend
 from vilg.model.block import Block
 from vilg.model.embed import Embed
 from vilg.model.heads import Heads
-from vilg.model.loss import LOSS_SUMS, loss_sums, nan_unless_finite
+from vilg.model.loss import LOSS_SUMS, Reconstruct, loss_sums, nan_unless_finite
 from vilg.model.size import layer_costs, stage_bounds
 from vilg.model.vilg import fill_parameters, layer_list
 from vilg.parallel import layout
 from vilg.parallel.grid import Grid
 from vilg.parallel.ops import Group
-from vilg.tokens.sequence import SequenceBatch, SequenceSpec
+from vilg.tokens.sequence import SequenceBatch, SequenceSpec, target_images
 
 Tensors = tuple[Tensor, ...]
 
@@ -81,17 +81,23 @@ class PipeBlock(Block):
 class PipeHeads(Heads):
     """Heads behind a tuple."""
 
+    def __init__(self, config: ModelConfig, spec: SequenceSpec, **place):
+        super().__init__(config, spec, **place)
+        self.with_states = config.reconstructor is not None
+
     def forward(self, inputs: Tensors) -> Tensors:
-        return super().forward(inputs[0])
+        return super().forward(inputs[0], with_states=self.with_states)
 
 
 class PipeLoss:
-    """Loss of one micro-batch on the last stage: scales [4] times `loss_sums`, added up, times `factor`.
+    """Loss of one micro-batch on the last stage: scales [6] times its sums (`LOSS_SUMS`), added up, times `factor`.
 
     factor: micro-batches * data size, which undoes DeepSpeed's averaging over both; gradients are then those of the sum
-    over the global batch. `sums` adds up `loss_sums`, fp64 [4] on this rank, since `begin`; it stays zero on all stages
-    but the last.
+    over the global batch. `sums` adds up these sums, fp64 [6] on this rank, since `begin`; it stays zero on all stages
+    but the last. reconstruct: the last two of them, if anybody trains a reconstructor.
     """
+
+    reconstruct: Reconstruct | None = None
 
     def __init__(self, *, group: Group, factor: int, z_loss: bool):
         self.group, self.factor, self.z_loss = group, factor, z_loss
@@ -102,9 +108,14 @@ class PipeLoss:
         self.left, self.finish = micro_batches, finish
         self.sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
 
-    def __call__(self, logits: Tensors, labels: Tensors) -> Tensor:
-        text_target, image_target, scales = labels
-        sums = loss_sums(*logits, text_target, image_target, z_loss=self.z_loss, group=self.group)
+    def __call__(self, outputs: Tensors, labels: Tensors) -> Tensor:
+        text_logits, image_logits, *states = outputs
+        text_target, image_target, scales, *pictures = labels
+        reconstructed = self.reconstruct(*states, *pictures) if self.reconstruct else None
+        sums = loss_sums(
+            text_logits, image_logits, text_target, image_target, z_loss=self.z_loss, group=self.group,
+            reconstructed=reconstructed,
+        )  # fmt: skip
         self.sums = self.sums.to(sums.device) + sums.detach()
         self.left -= 1
         loss = nan_unless_finite((sums * scales).sum())
@@ -203,8 +214,10 @@ def layer_specs(
 
 
 def pipe_inputs(
-    batch: SequenceBatch, *, dropout_seeds: Tensor, scales: Sequence[float]
+    batch: SequenceBatch, *, dropout_seeds: Tensor, scales: Sequence[float], with_images: bool = False
 ) -> tuple[Tensors, Tensors]:
-    """(inputs, labels) of one micro-batch for DeepSpeed's data iterator; scales [4] as in `PipeLoss`."""
+    """(inputs, labels) of one micro-batch for DeepSpeed's data iterator; scales [6] as in `PipeLoss`."""
     labels = (batch.text_target, batch.image_target, torch.tensor(scales, dtype=torch.float32))
+    if with_images:
+        labels = (*labels, batch.image_is_target, target_images(batch))
     return (*batch.inputs(), dropout_seeds), labels

@@ -68,12 +68,14 @@ class Vilg(nn.Module):
         image_is_target: Tensor,
         *,
         dropout_seeds: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        with_states: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Logits of every slot: text [B, T, Vt], image [B, N, Vi], in the model's dtype.
 
         The first five are `SequenceBatch.inputs()`: int64 [B, T], int64 [B, N], integers [B]. dropout_seeds: int64 [B]
         of `parallel.rng.sequence_seeds`, needed in training mode if config.dropout > 0. On a tensor-parallel rank the
-        logits are its columns of the vocabulary. Logits of padding text slots are finite and mean nothing.
+        logits are its columns of the vocabulary. Logits of padding text slots are finite and mean nothing. with_states: also the last
+        layer's normed states of the image slots [B, N, C], for the reconstructor.
         """
         attend = SparseAttend(
             self.spec.grid, text_len, text_prefix, image_is_target, conv_size=self.config.conv_size
@@ -81,7 +83,7 @@ class Vilg(nn.Module):
         hidden = self.embed(text_input, image_input, text_prefix, image_is_target)
         for block in self.blocks:
             hidden = block(hidden, attend, dropout_seeds)
-        return self.heads(hidden)
+        return self.heads(hidden, with_states=with_states)
 
     def reset_parameters(self, seed: int) -> None:
         """Fill all parameters with the initial weights of run seed `seed`; the same weights under every layout."""

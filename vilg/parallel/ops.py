@@ -6,7 +6,7 @@
     all-gather         reduce-scatter     gather_slots        (`g` with sequence parallelism)
     reduce-scatter     all-gather         scatter_slots_sum   (its conjugate)
     slice              all-gather         split_slots
-    all-gather         slice              gather_last
+    all-gather         slice              gather_last, join_slots
 
 "Slots" is dim 1 of [B, S, C]. Groups are arguments; `None` is a group of one, for which every function is the identity.
 """
@@ -55,7 +55,13 @@ def split_slots(x: Tensor, group: Group) -> Tensor:
 
 def gather_last(x: Tensor, group: Group) -> Tensor:
     """[..., V / size] -> [..., V]; the gradient is cut back (logits of a vocabulary-split head, for sampling)."""
-    return x if group is None else _GatherLast.apply(x, group)
+    return x if group is None else _Join.apply(x, group, x.dim() - 1)
+
+
+def join_slots(x: Tensor, group: Group) -> Tensor:
+    """[B, S / size, C] -> [B, S, C]; the gradient is cut back. For what every rank then computes alike (`gather_slots`
+    is for what each computes a part of)."""
+    return x if group is None else _Join.apply(x, group, 1)
 
 
 class _Copy(torch.autograd.Function):
@@ -112,15 +118,15 @@ class _SplitSlots(torch.autograd.Function):
         return _all_gather(grad, ctx.group, dim=1), None
 
 
-class _GatherLast(torch.autograd.Function):
+class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _all_gather(x, group, dim=x.dim() - 1)
+    def forward(ctx, x, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return _all_gather(x, group, dim=dim)
 
     @staticmethod
     def backward(ctx, grad):
-        return _own_part(grad, ctx.group, dim=grad.dim() - 1), None
+        return _own_part(grad, ctx.group, dim=ctx.dim), None, None
 
 
 def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -71,7 +71,8 @@ class SequenceBatch:
     """A batch in canonical layout; of mixed tasks if need be.
 
     text_input, text_target: int64 [B, T]; image_input, image_target: int64 [B, N]; targets hold `IGNORE` where there
-    is no loss. text_len, text_prefix, image_is_target: int32 [B].
+    is no loss. text_len, text_prefix, image_is_target: int32 [B]. images: for end-to-end training, uint8 [b, S, S, 3] of
+    the b sequences whose image is the target, in their order; else None.
     """
 
     text_input: Tensor
@@ -81,6 +82,7 @@ class SequenceBatch:
     text_len: Tensor
     text_prefix: Tensor
     image_is_target: Tensor
+    images: Tensor | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the model reads: text_input, image_input, text_len, text_prefix, image_is_target."""
@@ -91,7 +93,12 @@ class SequenceBatch:
         return int((self.text_target != IGNORE).sum()), int((self.image_target != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
-        return SequenceBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return SequenceBatch(**{name: x.to(device, non_blocking=True) for name, x in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def __len__(self) -> int:
         return self.text_input.shape[0]
@@ -101,7 +108,7 @@ class Sample(NamedTuple):
     """One sequence, checked but not yet laid out: `collate` does that for a whole batch at once.
 
     text: ids as they fill the text slots, a begin token before a target included. text_prefix: how many of the first of
-    them are source. codes: integers [N], the caller's own array.
+    them are source. codes: integers [N], the caller's own array. image: uint8 [S, S, 3] where pixels are wanted.
     """
 
     spec: SequenceSpec
@@ -109,17 +116,20 @@ class Sample(NamedTuple):
     text_prefix: int
     image_is_target: bool
     codes: np.ndarray
+    image: np.ndarray | None = None
 
 
-def text_to_image(spec: SequenceSpec, text: Sequence[int], codes: np.ndarray) -> Sample:
+def text_to_image(
+    spec: SequenceSpec, text: Sequence[int], codes: np.ndarray, image: np.ndarray | None = None
+) -> Sample:
     """Text is source, image is target. Empty `text` is the unconditional branch of classifier-free guidance.
 
-    text: ids without special ones. codes: integers [N] or [H, W].
+    text: ids without special ones. codes: integers [N] or [H, W]. image: uint8 [S, S, 3], for end-to-end training.
     Raises UserError if the text has more than T tokens, or if its ids or the shape of the codes do not fit.
     """
     _check_text(spec, text)
     _check_room(spec, len(text))
-    return Sample(spec, text, len(text), True, _flat_codes(spec, codes))
+    return Sample(spec, text, len(text), True, _flat_codes(spec, codes), image)
 
 
 def image_to_text(spec: SequenceSpec, text: Sequence[int], codes: np.ndarray) -> Sample:
@@ -149,7 +159,7 @@ def pad_texts(texts: Sequence[Sequence[int]], *, least: int = 0) -> tuple[Tensor
 
 
 def collate(samples: Sequence[Sample]) -> SequenceBatch:
-    """Lay out samples of any mix of tasks (at least one, of one spec).
+    """Lay out samples of any mix of tasks (at least one, of one spec). The batch has `images` if any sample has one.
 
     Raises UserError for codes outside the vocabulary, which would stop a GPU without saying why.
     """
@@ -160,7 +170,17 @@ def collate(samples: Sequence[Sample]) -> SequenceBatch:
     text_input, text_target = _lay_out_text(spec, [sample.text for sample in samples], lengths, prefixes)
     image_input, image_target = _lay_out_images(spec, np.stack([sample.codes for sample in samples]), is_image)
     arrays = (text_input, image_input, text_target, image_target, lengths, prefixes, is_image.astype(np.int32))
-    return SequenceBatch(*map(torch.from_numpy, arrays))
+    return SequenceBatch(*map(torch.from_numpy, arrays), images=_images(samples))
+
+
+def target_images(batch: SequenceBatch) -> Tensor:
+    """`batch.images`, uint8 [0, 1, 1, 3] where a batch without text -> image sequences has none."""
+    return batch.images if batch.images is not None else torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
+
+
+def _images(samples: Sequence[Sample]) -> Tensor | None:
+    pixels = [sample.image for sample in samples if sample.image is not None]
+    return torch.from_numpy(np.stack(pixels)) if pixels else None
 
 
 def _lay_out_text(

@@ -43,6 +43,7 @@ SHAPE = (
     "model.norm",
     "model.qk_norm",
     "model.sandwich_norm",
+    "model.reconstructor.mapping_width",
     "tokens.text_slots",
     "tokens.grid",
     "tokens.text_vocab_size",

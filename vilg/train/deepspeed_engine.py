@@ -28,6 +28,7 @@ from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch
 from vilg.train import moved_state, optim
+from vilg.train.reconstruction import Reconstruction, begin_step, finish_step
 from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, no_sums, spoil_spike, step_result
 
 
@@ -38,8 +39,10 @@ class DeepSpeedEngine:
     DeepSpeed's averaging over data ranks: gradients are those of the global batch's loss.
     """
 
-    def __init__(self, recipe: Recipe, grid: Grid, model: Vilg, device: torch.device) -> None:
-        self.recipe, self.grid, self.device = recipe, grid, device
+    def __init__(
+        self, recipe: Recipe, grid: Grid, model: Vilg, device: torch.device, reconstruction: Reconstruction | None = None
+    ) -> None:
+        self.recipe, self.grid, self.device, self.reconstruction = recipe, grid, device, reconstruction
         config = merged_deepspeed_config(recipe, data_size=grid.data_size)
         self.stage = zero_stage(config)
         if self.stage == 0:
@@ -69,9 +72,11 @@ class DeepSpeedEngine:
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         sums = no_sums(self.device)
         optim.set_learning_rate(self.engine.optimizer, plan.lr)
+        begin_step(self.reconstruction, plan)
         for index, batch in enumerate(batches):
             seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
-            loss, parts = micro_batch_loss(self.engine, batch.to(self.device), plan, seeds, self.grid)
+            on_device = batch.to(self.device)
+            loss, parts = micro_batch_loss(self.engine, on_device, plan, seeds, self.grid, self.reconstruction)
             sums += parts
             if index + 1 == len(batches):
                 loss = spoil_spike(loss, sums, plan, self.grid)
@@ -81,7 +86,8 @@ class DeepSpeedEngine:
         norm, skipped = self._plain_step() if self.stage == 0 else self._zero_outcome()
         if self.grid.data_group is not None:
             dist.all_reduce(sums, group=self.grid.data_group)
-        return step_result(sums, plan, grad_norm=norm, skipped=skipped)
+        figures = finish_step(self.reconstruction, skipped=skipped)
+        return step_result(sums, plan, grad_norm=norm, skipped=skipped, figures=figures)
 
     def files(self, *, copy: bool) -> Files:
         self.tensor_files.copy = copy

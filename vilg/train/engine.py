@@ -27,15 +27,19 @@ from vilg.parallel.grid import Grid
 from vilg.parallel.precision import DTYPES
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 from vilg.train import moved_state, optim
+from vilg.train.reconstruction import Reconstruction, begin_step, finish_step
 from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, no_sums, spoil_spike, step_result
 
 
 class Engine(Protocol):
-    """layout: what the checkpoint files depend on, the same keys as `RunState.layout`. optimizer_name: for people."""
+    """layout: what the checkpoint files depend on, the same keys as `RunState.layout`. optimizer_name: for people.
+    reconstruction: what end-to-end training does beside it, None without.
+    """
 
     model: Vilg
     layout: dict[str, Any]
     optimizer_name: str
+    reconstruction: Reconstruction | None
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         """One optimizer step over this rank's micro-batches (host tensors)."""
@@ -58,6 +62,8 @@ class Engine(Protocol):
 def load_checkpoint(engine: Engine, checkpoint: Path, state: RunState) -> str:
     """Weights and moments of a checkpoint of any layout; a note for people if the layout is another. Raises UserError."""
     note = layout_note(state.layout, engine.layout)
+    if engine.reconstruction:
+        engine.reconstruction.load(checkpoint)
     if note:
         engine.load_state(open_weights(checkpoint, state))
     else:
@@ -79,32 +85,40 @@ def build_model(recipe: Recipe, spec: SequenceSpec, grid: Grid, device: torch.de
     return model
 
 
-def build_engine(recipe: Recipe, grid: Grid, model: Vilg, device: torch.device) -> Engine:
-    """The form that the recipe names, around a model that holds its initial weights in fp32."""
+def build_engine(
+    recipe: Recipe, grid: Grid, model: Vilg, device: torch.device, reconstruction: Reconstruction | None = None
+) -> Engine:
+    """The form that the recipe names, around a model that holds its initial weights in fp32.
+
+    reconstruction: needed with `model.reconstructor`.
+    """
     if recipe.parallel.engine == "torch":
         if grid.world_size > 1:
             raise UserError(
                 f"parallel.engine=torch is one process, but {grid.world_size} were started; "
                 "use parallel.engine=deepspeed"
             )
-        return TorchEngine(recipe, model, device)
+        return TorchEngine(recipe, model, device, reconstruction)
     # Imported where they are used: it takes seconds.
     if grid.pipeline_size > 1:
         from vilg.train.pipeline_engine import PipelineEngine
 
-        return PipelineEngine(recipe, grid, model, device)
+        return PipelineEngine(recipe, grid, model, device, reconstruction)
     from vilg.train.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(recipe, grid, model, device)
+    return DeepSpeedEngine(recipe, grid, model, device, reconstruction)
 
 
 class TorchEngine:
     """Plain PyTorch in one process. With bf16 the optimizer holds fp32 master weights, as ZeRO does."""
 
-    def __init__(self, recipe: Recipe, model: Vilg, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, model: Vilg, device: torch.device, reconstruction: Reconstruction | None = None
+    ) -> None:
         if recipe.precision == "fp16":
             raise UserError("precision=fp16 needs DeepSpeed's loss scaling; use parallel.engine=deepspeed, or bf16")
         self.recipe, self.device, self.grid = recipe, device, Grid.single()
+        self.reconstruction = reconstruction
         self.model = model.to(device, DTYPES[recipe.precision]).train()
         self.names = [name for name, _ in self.model.named_parameters()]
         self.weights = list(self.model.parameters())
@@ -116,11 +130,13 @@ class TorchEngine:
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         sums = no_sums(self.device)
+        begin_step(self.reconstruction, plan)
         for master in self.masters:
             master.grad = None
         for index, batch in enumerate(batches):
             seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
-            loss, parts = micro_batch_loss(self.model, batch.to(self.device), plan, seeds, self.grid)
+            on_device = batch.to(self.device)
+            loss, parts = micro_batch_loss(self.model, on_device, plan, seeds, self.grid, self.reconstruction)
             sums += parts
             if index + 1 == len(batches):
                 loss = spoil_spike(loss, sums, plan, self.grid)
@@ -133,7 +149,8 @@ class TorchEngine:
             optim.set_learning_rate(self.optimizer, plan.lr)
             self.optimizer.step()
             self._spread_masters()
-        return step_result(sums, plan, grad_norm=norm, skipped=skipped)
+        figures = finish_step(self.reconstruction, skipped=skipped)
+        return step_result(sums, plan, grad_norm=norm, skipped=skipped, figures=figures)
 
     def files(self, *, copy: bool) -> Files:
         weights = {name: p.detach().contiguous() for name, p in zip(self.names, self.weights)}

@@ -118,8 +118,8 @@ def console_line(row: dict, total_steps: int, window: Window, device_word: str) 
     where something is computed again."""
     losses = " ".join(
         f"{name} {row[key]:.3f}"
-        for name, key in (("image", "image_loss"), ("text", "text_loss"))
-        if row[key] is not None
+        for name, key in (("image", "image_loss"), ("text", "text_loss"), ("pixels", "reconstruction_loss"))
+        if row.get(key) is not None
     )
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
     norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
@@ -166,7 +166,10 @@ def duration(seconds: float) -> str:
 
 def _row(plan: StepPlan, result: StepResult) -> Row:
     keys = ["loss", "text_loss", "image_loss", *(["z_loss"] if plan.z_loss else []), "grad_norm", "lr"]
+    if plan.reconstruction:
+        keys.append("reconstruction_loss")
     numbers = {key: _finite(getattr(result, key)) for key in keys}
+    numbers |= {key: _finite(value) for key, value in result.figures.items()}
     return {"step": plan.step, **numbers, "skipped": result.skipped}
 
 

@@ -29,6 +29,7 @@ from vilg.train.engine import build_engine, build_model, load_checkpoint
 from vilg.train.guards import StepGuards
 from vilg.train.log import RunLog
 from vilg.train.metrics import Meter, step_flops, step_recomputed_flops
+from vilg.train.reconstruction import build_reconstruction
 from vilg.train.requests import Requests, refuse_stopped
 from vilg.train.run import Run
 from vilg.train.rundir import DONE_FILE, LOGS, RunLock, open_run_dir, write_recipe
@@ -94,7 +95,8 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
     elif not before:
         given = dict(config=recipe.model, spec=spec, tokenizers=tokenizers, grid=grid)
         notes.append(ranks.together(lambda: fill_from_export(model, recipe.init_from, **given)))
-    engine = build_engine(recipe, grid, model, device)
+    reconstruction = ranks.together(lambda: build_reconstruction(recipe, grid, model, image, device, fresh=not before))
+    engine = build_engine(recipe, grid, model, device, reconstruction)
     if before:
         notes += ranks.on_main(lambda: check_tokenizers(before.tokenizers, tokenizers, checkpoint, accept))
         share = dict(rank=ranks.rank, world_size=ranks.world_size)
@@ -102,7 +104,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         note = ranks.together(lambda: load_checkpoint(engine, checkpoint, before))
         notes += filter(None, [note])
     position = LoaderState.from_dict(before.loader) if before else None
-    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image_hash=image.hash, accept=accept))
+    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image=image, accept=accept))
     sampler = None
     if recipe.samples.every_steps:
         if engine.layout["zero_stage"] == 3:
@@ -156,7 +158,7 @@ def _loader(
     text: TextTokenizer,
     position: LoaderState | None,
     *,
-    image_hash: str,
+    image: ImageTokenizer,
     accept: Sequence[str],
 ) -> Loader:
     dataset = open_data(recipe.data)
@@ -183,7 +185,8 @@ def _loader(
         data_size=grid.data_size,
         state=position,
         quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if reports else None,
-        image_tokenizer_hash=image_hash,
+        image_tokenizer_hash=image.hash,
+        image_size=recipe.tokens.grid[0] * image.factor if recipe.model.reconstructor else None,
     )
 
 

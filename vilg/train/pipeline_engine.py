@@ -16,6 +16,7 @@ from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 from vilg.train import optim
 from vilg.train.deepspeed_engine import DeepSpeedEngine, import_deepspeed, silent
+from vilg.train.reconstruction import begin_step, finish_step
 from vilg.train.step import StepPlan, StepResult, dropout_seeds, spoil_spike, step_result
 
 
@@ -41,6 +42,8 @@ class PipelineEngine(DeepSpeedEngine):
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         optim.set_learning_rate(self.engine.optimizer, plan.lr)
         loss = self.model.loss_fn
+        loss.reconstruct = self.reconstruction
+        begin_step(self.reconstruction, plan)
         loss.begin(len(batches), finish=partial(spoil_spike, plan=plan, grid=self.grid))
         with silent():  # it prints its first step
             self.engine.train_batch(data_iter=self._micro_batches(batches, plan))
@@ -49,14 +52,16 @@ class PipelineEngine(DeepSpeedEngine):
         dist.all_reduce(sums, group=self.grid.pipeline_group)
         if self.grid.data_group is not None:
             dist.all_reduce(sums, group=self.grid.data_group)
-        return step_result(sums, plan, grad_norm=norm, skipped=skipped)
+        figures = finish_step(self.reconstruction, skipped=skipped)
+        return step_result(sums, plan, grad_norm=norm, skipped=skipped, figures=figures)
 
     def _micro_batches(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> Iterator[tuple]:
         from vilg.model.pipe import pipe_inputs
 
         for index, batch in enumerate(batches):
             seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
-            yield pipe_inputs(batch, dropout_seeds=seeds, scales=plan.scales)
+            with_images = self.reconstruction is not None
+            yield pipe_inputs(batch, dropout_seeds=seeds, scales=plan.scales, with_images=with_images)
 
     def _wrap(self, deepspeed, model: nn.Module, optimizer: torch.optim.Optimizer):
         from deepspeed.runtime.pipe.schedule import OptimizerStep

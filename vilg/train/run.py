@@ -151,9 +151,14 @@ class Run:
             tokenizers=self.tokenizers,
             parameters=self.parameters,
         )
-        files = {**self.ranks.together(lambda: self.engine.files(copy=copy)), **self._probe_files()}
+        files = {**self.ranks.together(lambda: self._engine_files(copy=copy)), **self._probe_files()}
         self.saver.begin(state, files)
         self.saved_step, self._stopped = self.step, time.perf_counter() - started
+
+    def _engine_files(self, *, copy: bool) -> Files:
+        reconstruction = self.engine.reconstruction
+        beside = reconstruction.files(copy=copy) if reconstruction else {}
+        return {**self.engine.files(copy=copy), **beside}
 
     def _report_save(self, saved: Saved | None) -> None:
         if saved:

@@ -1,18 +1,18 @@
 """What one optimizer step is asked to do, and the loss of one micro-batch: shared by both engines."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vilg.config.schema import Recipe
-from vilg.model.loss import LOSS_SUMS, loss_sums, nan_unless_finite
+from vilg.model.loss import LOSS_SUMS, Reconstruct, loss_sums, nan_unless_finite
 from vilg.parallel.grid import Grid
 from vilg.parallel.rng import sequence_seeds
-from vilg.tokens.sequence import SequenceBatch
+from vilg.tokens.sequence import SequenceBatch, target_images
 from vilg.train.optim import learning_rate
 
 
@@ -20,7 +20,8 @@ from vilg.train.optim import learning_rate
 class StepPlan:
     """One optimizer step. Target counts are of the global batch; a scale turns a sum of cross entropies into its part
     of the loss, so the loss is the same number however the batch is split. z_loss: coefficient of log^2 Z, summed as the
-    cross entropies are. loss_limit: above it the step is left out."""
+    cross entropies are. images: text -> image sequences of the global batch; reconstruction: weight of their decoded pixels'
+    mean loss. loss_limit: above it the step is left out."""
 
     step: int
     lr: float
@@ -29,15 +30,19 @@ class StepPlan:
     text_scale: float
     image_scale: float
     z_loss: float = 0.0
+    images: int = 0
+    reconstruction: float = 0.0
     loss_limit: float = math.inf
 
     @property
-    def scales(self) -> tuple[float, float, float, float]:
-        """Factors of `model.loss.loss_sums`, whose products add up to the loss."""
-        return self.text_scale, self.image_scale, self.z_loss * self.text_scale, self.z_loss * self.image_scale
+    def scales(self) -> tuple[float, ...]:
+        """Factors of `model.loss.LOSS_SUMS`, whose products add up to the loss. The adversarial one gives a gradient, but
+        no number: it is no distance, and would look like spikes."""
+        z_losses = self.z_loss * self.text_scale, self.z_loss * self.image_scale
+        return self.text_scale, self.image_scale, *z_losses, self.reconstruction / max(1, self.images), 0.0
 
     def total(self, sums: Tensor) -> Tensor:
-        """The loss of sums [4]."""
+        """The loss of sums [6]."""
         return sum(part * scale for part, scale in zip(sums.unbind(), self.scales))
 
 
@@ -47,7 +52,8 @@ class StepResult:
     target token, NaN without targets. Tensors are scalars on the device, so that reading them is left to the logger.
 
     skipped: the step was left out, weights and optimizer state are unchanged. grad_norm: before clipping. z_loss: the
-    part of `loss` that is not cross entropy.
+    part of `loss` that is the z-loss. reconstruction_loss: mean over decoded images, unweighted. figures: what end-to-end
+    training looks at beside it, for the log.
     """
 
     loss: Tensor
@@ -57,6 +63,8 @@ class StepResult:
     skipped: bool
     lr: float
     z_loss: Tensor | float = 0.0
+    reconstruction_loss: Tensor | float = math.nan
+    figures: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
 def plan_step(
@@ -64,7 +72,8 @@ def plan_step(
 ) -> StepPlan:
     """Scales by `loss.reduction`: `mean` divides by the direction's target tokens in the global batch, `sum` (the
     paper's eq. 3-5) by the pairs in it."""
-    loss, pairs = recipe.loss, recipe.batch.global_size
+    loss, pairs, end_to_end = recipe.loss, recipe.batch.global_size, recipe.model.reconstructor
+    rows, columns = recipe.tokens.grid
     text_unit, image_unit = (text_targets, image_targets) if loss.reduction == "mean" else (pairs, pairs)
     return StepPlan(
         step=step,
@@ -74,30 +83,43 @@ def plan_step(
         text_scale=loss.text_weight / max(1, text_unit),
         image_scale=loss.image_weight / max(1, image_unit),
         z_loss=loss.z_loss,
+        images=image_targets // (rows * columns),
+        reconstruction=end_to_end.weight * ramp(step, end_to_end.ramp_steps) if end_to_end else 0.0,
         loss_limit=loss_limit,
     )
 
 
+def ramp(step: int, steps: int) -> float:
+    """step / steps, at most 1: step 1 is the first to count, step `steps` counts in full."""
+    return min(1.0, max(0, step) / max(1, steps))
+
+
 def micro_batch_loss(
-    forward: Callable[..., tuple[Tensor, Tensor]], batch: SequenceBatch, plan: StepPlan, seeds: Tensor, grid: Grid
-) -> tuple[Tensor, Tensor]:
+    forward: Callable[..., tuple[Tensor, ...]], batch: SequenceBatch, plan: StepPlan, seeds: Tensor, grid: Grid,
+    reconstruct: Reconstruct | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The micro-batch's share of the loss (scalar with gradient), and its `loss_sums` in float64."""
-    logits = forward(*batch.inputs(), dropout_seeds=seeds)
+    if reconstruct is None:
+        logits, reconstructed = forward(*batch.inputs(), dropout_seeds=seeds), None
+    else:
+        *logits, states = forward(*batch.inputs(), dropout_seeds=seeds, with_states=True)
+        reconstructed = reconstruct(states, batch.image_is_target, target_images(batch))
     sums = loss_sums(
-        *logits, batch.text_target, batch.image_target, z_loss=plan.z_loss > 0, group=grid.tensor_group
-    )
+        *logits, batch.text_target, batch.image_target, z_loss=plan.z_loss > 0, group=grid.tensor_group,
+        reconstructed=reconstructed,
+    )  # fmt: skip
     return nan_unless_finite(plan.total(sums)), sums.detach().double()
 
 
 def no_sums(device: torch.device | None = None) -> Tensor:
-    """Where the sums of micro-batches are added up: float64 [4]."""
+    """Where the sums of micro-batches are added up: float64 [6]."""
     return torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=device)
 
 
 def spoil_spike(loss: Tensor, sums: Tensor, plan: StepPlan, grid: Grid) -> Tensor:
     """The last micro-batch's loss; NaN if that of the whole global batch is above the plan's limit.
 
-    sums: of all this rank's micro-batches, float64 [4]. So a spike is known before its last backward pass, and
+    sums: of all this rank's micro-batches, float64 [6]. So a spike is known before its last backward pass, and
     is left out as every non-finite step is: by all ranks together, without asking the device.
     """
     if plan.loss_limit == math.inf:
@@ -114,10 +136,13 @@ def dropout_seeds(recipe: Recipe, grid: Grid, plan: StepPlan, index: int, batch:
     return sequence_seeds(recipe.seed, plan.step, first, len(batch))
 
 
-def step_result(sums: Tensor, plan: StepPlan, *, grad_norm: Tensor | float, skipped: bool) -> StepResult:
-    """From `loss_sums` over the global batch, float64 [4]."""
-    text, image, *_ = sums.unbind()
-    loss = plan.total(sums)
+def step_result(
+    sums: Tensor, plan: StepPlan, *, grad_norm: Tensor | float, skipped: bool,
+    figures: Mapping[str, Tensor | float] | None = None,
+) -> StepResult:  # fmt: skip
+    """From `loss_sums` over the global batch, float64 [6]."""
+    text, image, text_z, image_z, reconstruction, _ = sums.unbind()
+    loss, z_scales = plan.total(sums), plan.scales[2:4]
     return StepResult(
         loss=loss,
         text_loss=text / plan.text_targets if plan.text_targets else text + math.nan,
@@ -125,7 +150,9 @@ def step_result(sums: Tensor, plan: StepPlan, *, grad_norm: Tensor | float, skip
         grad_norm=grad_norm,
         skipped=skipped,
         lr=plan.lr,
-        z_loss=loss - text * plan.text_scale - image * plan.image_scale,
+        z_loss=text_z * z_scales[0] + image_z * z_scales[1],
+        reconstruction_loss=reconstruction / plan.images if plan.images else math.nan,
+        figures=figures or {},
     )
 
 
