@@ -4,7 +4,7 @@
     python benchmarks/end_to_end.py --demo runs/demo --only 1         # seed 1 alone, as a job of its own
     python benchmarks/end_to_end.py --demo runs/demo --collect        # tables and result file from finished seeds
 
-Real images of the demo at 16 pixels, 4 x 4 codes (end_to_end_setup.py); a transformer of 4 layers, 128 wide. Two trainings a
+Real images of the demo at 16 pixels, 4 x 4 codes (end_to_end_setup.py); a transformer of 3 layers, 96 wide. Two trainings a
 seed, same data order and initial weights, by `vilg train`:
 
 - two-stage: the reconstructor is trained beside it with model.reconstructor.stop_gradient, so that the generator is, number for
@@ -52,9 +52,9 @@ from vilg.inference.sampling import SamplingConfig  # noqa: E402
 from vilg.tokens.vqgan.images import decode_image, to_float  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "end_to_end.json"
-SEEDS, SHARDS, STEPS = (0, 1, 2), 8, 1200
+SEEDS, SHARDS, STEPS = (0, 1, 2), 8, 1000
 SETTINGS = {
-    "model.num_layers": 4, "model.hidden_size": 128, "model.num_heads": 2, "batch.global_size": 32, "batch.micro_size": 32,
+    "model.num_layers": 3, "model.hidden_size": 96, "model.num_heads": 2, "batch.global_size": 32, "batch.micro_size": 32,
     "optimizer.lr": 2e-3, "data.text_to_image_fraction": 0.8, "schedule.warmup_steps": 50,
     f"{END_TO_END}lr": 1e-3, f"{END_TO_END}ramp_steps": 100, f"{END_TO_END}ema": 0.99, f"{END_TO_END}betas": "[0.9,0.95]",
 }  # fmt: skip

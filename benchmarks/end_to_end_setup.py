@@ -20,7 +20,7 @@ TOKENIZER = {
 }  # fmt: skip
 RECIPE = {
     "tokens.grid": "[4,4]", "tokens.image_vocab_size": NUM_CODES, "precision": "fp32", "parallel.engine": "torch",
-    "samples.every_steps": 0, "logging.every_steps": 500, "data.directions": "alternate", "logging.tensorboard": False,
+    "samples.every_steps": 0, "logging.every_steps": 100, "data.directions": "alternate", "logging.tensorboard": False,
     "logging.heartbeat_seconds": 0,
 }  # fmt: skip
 

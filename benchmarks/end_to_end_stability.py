@@ -39,7 +39,7 @@ PICTURE = ROOT / "docs" / "end_to_end_stability.png"
 FORMS, SEEDS, STEPS = ("with", "without"), (0, 1, 2), 5000
 LR = 1e-3
 SHAPE = {
-    "model.num_layers": 2, "model.hidden_size": 64, "model.num_heads": 2, "batch.global_size": 8, "batch.micro_size": 8,
+    "model.num_layers": 2, "model.hidden_size": 64, "model.num_heads": 2, "batch.global_size": 4, "batch.micro_size": 4,
     "optimizer.lr": LR, "data.text_to_image_fraction": 0.75,
 }  # fmt: skip
 ADVERSARY = {"weight": 0.5, "width": 16, "layers": 2}
