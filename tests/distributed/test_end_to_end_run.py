@@ -108,11 +108,3 @@ def test_an_export_draws_from_hidden_states_and_from_the_codebook(unbroken, sess
 def test_inspect_names_the_reconstructor(unbroken, capsys):
     assert vilg(["inspect", str(unbroken)]) == 0
     assert "reconstructor: " in capsys.readouterr().out
-
-
-def test_a_two_stage_checkpoint_does_not_continue_end_to_end(common, session_tmp):
-    plain = {key: value for key, value in common.items() if not key.startswith(SECTION)}
-    run = session_tmp / "end-to-end" / "plain"
-    assert start(TORCH, plain, run, stop_after=1) == [None]
-    (error,) = start(TORCH, common, run, accept=("model.reconstructor*",))
-    assert "reconstructor.safetensors: missing" in error

@@ -9,12 +9,14 @@ import torch
 from tests.distributed.parity import MICRO_BATCHES, SPEC, Case, Trainer, image_tokenizer, micro_batch
 from tests.distributed.resume_support import Layout
 from tests.golden.make import DEBUG_RECIPE
+from vilg.checkpoint.reconstructor_file import read_reconstructor_file
 from vilg.config import load_recipe
 from vilg.errors import UserError
 from vilg.model.reconstructor import Reconstructor, load_reconstructor, save_reconstructor
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import target_images
 from vilg.tokens.vqgan.images import to_float
+from vilg.train.changes import compare
 from vilg.train.engine import build_engine, build_model
 from vilg.train.judge import edge_loss
 from vilg.train.reconstruction import build_reconstruction
@@ -85,8 +87,8 @@ def test_the_transformers_gradient_is_that_of_one_graph_over_everything(tmp_path
         loss = section.l1 * error.abs().mean() + section.mse * error.square().mean() + 0.5 * edge_loss(error, torch.zeros_like(error))
         pixels_mean = pixels_mean + loss * len(pixels) / plan.images
     (total + section.weight * pixels_mean).backward()
-    assert float(result.reconstruction_loss) == pytest.approx(float(pixels_mean), rel=1e-5)
-    assert float(result.loss) == pytest.approx(float(total + pixels_mean), rel=1e-5)
+    assert float(result.reconstruction_loss) == pytest.approx(float(pixels_mean.detach()), rel=1e-5)
+    assert float(result.loss) == pytest.approx(float((total + pixels_mean).detach()), rel=1e-5)
     for name, p in model.named_parameters():
         assert torch.allclose(found[name], p.grad, rtol=1e-4, atol=1e-6), name
     for gradient, p in zip(beside, reconstructor.parameters(), strict=True):
@@ -149,6 +151,13 @@ def test_a_reconstructors_folder_gives_the_same_pixels_and_refuses_another_token
     (tmp_path / "kept" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="no whole reconstructor"):
         load_reconstructor(tmp_path / "kept", recipe.model, tokenizer, SPEC.grid, "cpu")
+
+
+def test_a_two_stage_run_does_not_go_on_end_to_end(tmp_path):
+    with pytest.raises(UserError, match="model.reconstructor.mapping_width: None there, 0 here"):
+        compare(recipe_of(tmp_path, None), recipe_of(tmp_path, {}), tmp_path)
+    with pytest.raises(UserError, match="take the section out"):
+        read_reconstructor_file(tmp_path)
 
 
 def replace_width(section, width: int):

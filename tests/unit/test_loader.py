@@ -201,7 +201,7 @@ def as_options(layout: tuple[int, int, int]) -> dict[str, int]:
 def test_iterating_again_continues(folder):
     expected, _ = global_steps(folder, 6)
     one = loader(folder)
-    found = [vars(next(iter(one))[0]) for _ in range(6)]
+    found = [next(iter(one))[0].tensors() for _ in range(6)]
     assert_same([{k: v.numpy() for k, v in batch.items()} for batch in found], expected)
 
 
