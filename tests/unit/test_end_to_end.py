@@ -16,9 +16,9 @@ from vilg.model.reconstructor import Reconstructor, load_reconstructor, save_rec
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import target_images
 from vilg.tokens.vqgan.images import to_float
+from vilg.tokens.vqgan.perceptual import edge_loss
 from vilg.train.changes import compare
 from vilg.train.engine import build_engine, build_model
-from vilg.train.judge import edge_loss
 from vilg.train.reconstruction import build_reconstruction
 from vilg.train.step import count, dropout_seeds, micro_batch_loss, plan_step
 

@@ -1,6 +1,7 @@
 """The file of a checkpoint that holds what end-to-end training keeps beside the model: the same under every layout.
 
     OWNER.ENTRY.NAME    owner: reconstructor, discriminator; entry: weight, ema, exp_avg, exp_avg_sq, step; fp32
+    OWNER.ema_updates   how often the moving average was updated
     norms               fp64 [4], moving averages of the gradient norms that balance the losses
 
 Every rank that needs it has all of it in memory, so one rank writes it and any number of any layout read it.

@@ -37,13 +37,12 @@ class AdversarialConfig(Section):
     """A discriminator that looks at patches of decoded and of real images (VQGAN, 2012.09841, section 3.1)."""
 
     weight: float = Field(0.0, ge=0, description="Weight of the adversarial loss beside the pixel losses; 0: none.")
-    start_step: PositiveInt = Field(1000, description="Step at which the discriminator begins to learn and to count.")
+    start_step: int = Field(1000, ge=0, description="Step at which the discriminator begins to learn and to count.")
     ramp_steps: int = Field(
         500, ge=0, description="Steps from start_step over which the weight grows linearly from 0; the discriminator learns."
     )
     adaptive: bool = Field(
-        True,
-        description="Scale its gradient at the decoded pixels to the norm of the pixel losses' (2012.09841, equation 7).",
+        True, description="Scale its gradient to the norm of the pixel losses' (2012.09841, equation 7)."
     )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate of the discriminator; follows the run's schedule.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of the discriminator.")
@@ -83,8 +82,9 @@ class ReconstructorConfig(Section):
     )
     l1: float = Field(1.0, ge=0, description="Weight of the mean absolute error of pixels in [-1, 1].")
     mse: float = Field(1.0, ge=0, description="Weight of the mean squared error of pixels.")
-    perceptual: float = Field(
-        1.0, ge=0, description="Weight of the multi-scale edge loss that stands for a perceptual one; 0: none."
+    perceptual: float = Field(1.0, ge=0, description="Weight of the perceptual loss; 0: none.")
+    perceptual_weights: Path | None = Field(
+        None, description="File or folder of LPIPS weights (VGG); without: an edge loss at several scales."
     )
     adversarial: AdversarialConfig = AdversarialConfig()
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from vilg.checkpoint.reconstructor_file import entries
 from vilg.errors import UserError
 from vilg.parallel.grid import Grid
+from vilg.tokens.vqgan.ema import Average
 from vilg.train import optim
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_UPDATES = "ema_updates"
 
 
 class Beside:
@@ -24,10 +26,10 @@ class Beside:
     def __init__(
         self, owner: str, module: nn.Module, *, betas: tuple[float, float], grad_clip: float, ema: float = 0.0
     ) -> None:
-        self.owner, self.module, self.grad_clip, self.decay = owner, module, grad_clip, ema
+        self.owner, self.module, self.grad_clip = owner, module, grad_clip
         self.names, self.weights = map(list, zip(*module.named_parameters()))
         self.optimizer = torch.optim.AdamW(self.weights, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
-        self.average = [p.detach().clone() for p in self.weights] if ema else []
+        self.average = Average(self.weights, ema) if ema else None
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -50,28 +52,35 @@ class Beside:
         optim.clip_gradients(self.weights, norm, self.grad_clip)
         optim.set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        if self.decay:
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.weights], 1 - self.decay)
+        if self.average:
+            self.average.update()
         return float(norm), True
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a checkpoint keeps of it, under the keys of `reconstructor_file.py`; not copied."""
-        kept = {"weight": [p.detach() for p in self.weights], "ema": self.average}
+        kept = {"weight": [p.detach() for p in self.weights]}
+        if self.average:
+            kept["ema"] = self.average.values
         for moment in _MOMENTS:
             kept[moment] = [self.optimizer.state[p][moment] for p in self.weights if p in self.optimizer.state]
-        return {
+        found = {
             f"{self.owner}.{entry}.{name}": tensor
             for entry, tensors in kept.items()
             for name, tensor in zip(self.names, tensors)
         }
+        if self.average:
+            found[f"{self.owner}.{_UPDATES}"] = torch.tensor(self.average.updates)
+        return found
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], source: object) -> None:
         """Continue exactly from the `state` of a checkpoint. Raises UserError if it is of other shapes."""
         for name, p in zip(self.names, self.weights):
             self._fill(p, entries(tensors, self.owner, "weight").get(name), name, source)
-        for name, average in zip(self.names, self.average):
-            self._fill(average, entries(tensors, self.owner, "ema").get(name), name, source)
+        if self.average:
+            for name, average in zip(self.names, self.average.values):
+                self._fill(average, entries(tensors, self.owner, "ema").get(name), name, source)
+            self.average.updates = int(tensors[f"{self.owner}.{_UPDATES}"])
         moments = {moment: entries(tensors, self.owner, moment) for moment in _MOMENTS}
         self.optimizer.state.clear()
         if moments["step"]:

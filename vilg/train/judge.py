@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vilg.config.schema import ReconstructorConfig
+from vilg.tokens.vqgan.discriminator import hinge_loss, patch_discriminator, r1_penalty
+from vilg.tokens.vqgan.perceptual import perceptual_loss
 from vilg.train.beside import Beside
 from vilg.train.step import ramp
-
-_SCALES = 3  # of the edge loss: whole, half and quarter size
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Judge:
 
     def __init__(self, config: ReconstructorConfig, *, seed: int, device: torch.device) -> None:
         self.config = config
+        self.perceptual = perceptual_loss(config.perceptual_weights).to(device) if config.perceptual else None
         self.trained: Beside | None = None
         self.active, self.adversarial_weight, self._penalised = False, 0.0, False
         adversary = config.adversarial
@@ -70,19 +70,15 @@ class Judge:
     def _distance(self, pixels: Tensor, images: Tensor) -> Tensor:
         config, error = self.config, pixels - images
         loss = config.l1 * error.abs().mean() + config.mse * error.square().mean()
-        return loss + config.perceptual * edge_loss(pixels, images) if config.perceptual else loss
+        return loss if self.perceptual is None else loss + config.perceptual * self.perceptual(pixels, images)
 
     def _discriminator_loss(self, pixels: Tensor, images: Tensor) -> Tensor:
-        """Hinge loss (Lim and Ye, 1705.02894), and in every `r1_every`-th step the penalty R1 (1801.04406, equation 9)."""
-        images = images.requires_grad_(self._penalised)
-        real, drawn = self.trained.module(images), self.trained.module(pixels)
-        loss = (F.relu(1 - real).mean() + F.relu(1 + drawn).mean()) / 2
-        if self._penalised:
-            per_image = real.mean((1, 2, 3)).sum()
-            (slope,) = torch.autograd.grad(per_image, images, create_graph=True)
-            adversary = self.config.adversarial
-            loss = loss + adversary.r1_weight / 2 * adversary.r1_every * slope.square().sum((1, 2, 3)).mean()
-        return loss
+        """Hinge loss, and in every `r1_every`-th step the penalty R1."""
+        adversary, discriminator = self.config.adversarial, self.trained.module
+        loss = hinge_loss(discriminator(images), discriminator(pixels))
+        if not self._penalised:
+            return loss
+        return loss + adversary.r1_weight / 2 * adversary.r1_every * r1_penalty(discriminator, images)
 
     def state(self) -> dict[str, Tensor]:
         """As `Beside.state`; empty without a discriminator."""
@@ -92,32 +88,3 @@ class Judge:
         """As `Beside.load`."""
         if self.trained:
             self.trained.load(tensors, source)
-
-
-def edge_loss(pixels: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error of the differences of neighbouring pixels, across and down, summed over whole, half and
-    quarter size: what a blurred edge costs at any scale. Stands for a perceptual loss where there are no weights of one."""
-    error, total = pixels - images, pixels.new_zeros(())
-    for _ in range(_SCALES):
-        total = total + error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
-        if min(error.shape[2:]) < 4:
-            break
-        error = F.avg_pool2d(error, 2)
-    return total
-
-
-def patch_discriminator(width: int, layers: int, *, seed: int) -> nn.Sequential:
-    """Images -> a logit for each patch [b, 1, h, w] (Isola et al., 1611.07004, appendix): `layers` halvings of the sides.
-
-    Without normalisation: that over a batch would make each image's verdict depend on the others of its rank; R1 keeps it
-    in bounds instead. Weights are drawn from `seed` alone.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        found: list[nn.Module] = []
-        channels = 3
-        for layer in range(layers):
-            found += [nn.Conv2d(channels, width << min(layer, 3), 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-            channels = width << min(layer, 3)
-        found += [nn.Conv2d(channels, channels, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(channels, 1, 3, padding=1)]
-        return nn.Sequential(*found)

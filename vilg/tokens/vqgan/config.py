@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from vilg.config.marked import Place, did_you_mean, dotted, read_file, read_value, write_yaml
-from vilg.config.schema import BelowOne, Fraction, PositiveInt, Section
+from vilg.config.schema import AdversarialConfig, BelowOne, Fraction, PositiveInt, Section
 from vilg.errors import UserError
 
 
@@ -121,27 +121,6 @@ class QuantizerConfig(Section):
     kl_weight: float = Field(
         5e-4, ge=0, description="Weight of the divergence of the choice from all codes alike (taming: 5e-4, later 1e-8)."
     )
-
-
-class AdversarialConfig(Section):
-    """A discriminator that looks at patches of decoded and of real images (VQGAN, arXiv 2012.09841, section 3.1)."""
-
-    weight: float = Field(0.0, ge=0, description="Weight of the adversarial loss beside the pixel losses; 0: none.")
-    start_step: int = Field(1000, ge=0, description="Step at which the discriminator begins to learn and to count.")
-    ramp_steps: int = Field(500, ge=0, description="Steps from start_step over which the weight grows from 0.")
-    adaptive: bool = Field(
-        True, description="Scale its gradient to the reconstruction's at the decoder's last layer (equation 7)."
-    )
-    lr: float = Field(1e-4, gt=0, description="Peak learning rate of the discriminator; follows the run's schedule.")
-    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of the discriminator.")
-    r1_weight: float = Field(
-        1.0, ge=0, description="Half of this times the squared gradient at real images (R1, 1801.04406); 0: none."
-    )
-    r1_every: PositiveInt = Field(
-        16, description="Steps between two such penalties, each counted so many times (lazy, 1912.04958)."
-    )
-    width: PositiveInt = Field(64, description="Channels of the discriminator's first layer.")
-    layers: PositiveInt = Field(3, description="Layers of the discriminator that halve the sides.")
 
 
 class ReconstructionLossConfig(Section):
