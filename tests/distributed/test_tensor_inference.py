@@ -2,6 +2,7 @@
 
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.distributed.helpers import run_distributed
 from tests.export_support import write_export
 from tests.model_support import SPEC, tiny_config, tiny_model
 from vilg.__main__ import main as vilg
+from vilg.inference.caption import answer_codes
 from vilg.inference.generate import generate_codes
 from vilg.inference.sampling import SamplingConfig
 from vilg.inference.text_decoder import TextDecoder
@@ -38,22 +40,35 @@ def test_every_tensor_rank_draws_what_one_process_draws():
         torch.testing.assert_close(logits, wanted_logits, rtol=1e-4, atol=1e-5)
 
 
-def drawn_with_each_pattern(rank: int, size: int) -> list[torch.Tensor]:
-    """Sixty candidates of one prompt: row layers of both styles and dense ones, greedy and sampled, with and without
-    guidance."""
-    found = []
+class Ids:
+    """A text tokenizer that leaves ids as they are."""
+
+    vocab_size = SPEC.text_vocab_size
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def drawn_with_each_pattern(rank: int, size: int) -> list[torch.Tensor | list[str]]:
+    """Sixty candidates of one prompt, and answers about sixty pictures: row layers of both styles and dense ones, greedy
+    and sampled, pictures with and without guidance."""
+    found: list[torch.Tensor | list[str]] = []
+    questions = [PROMPTS[i % 2] for i in range(60)]
     for changes in ({}, {"row_style": "wrap"}, {"attention": "dense"}):
         model = tiny_model(tiny_config(**changes), grid=Grid.build(tensor=size)).eval()
         for sampling in (SamplingConfig(temperature=0), SamplingConfig(guidance=2.0, temperature=0.9)):
             codes = generate_codes(model, SPEC, PROMPTS[:1], num=60, seeds=[3], sampling=sampling)
             found.append(codes.clone())
+            writing = replace(sampling, guidance=1.0)
+            found.append(answer_codes(model, SPEC, Ids(), codes[0], questions, sampling=writing))
     return found
 
 
-def test_sixty_candidates_are_the_same_on_two_tensor_ranks_for_every_pattern():
+def test_sixty_candidates_and_answers_are_the_same_on_two_tensor_ranks_for_every_pattern():
     wanted = drawn_with_each_pattern(0, 1)
     for found in run_distributed(2, drawn_with_each_pattern):
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
 def drawn_and_written(rank: int, size: int, folder: Path) -> None:

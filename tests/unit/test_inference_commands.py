@@ -231,3 +231,18 @@ def test_a_clip_folder_can_score_instead(folder, tmp_path, capsys):
     np.testing.assert_allclose(found[0], scores, atol=1e-5)
     command = ["generate", "--model", folder, "--prompt", "x", "--out", tmp_path / "none", "--clip", tmp_path / "nowhere"]
     assert "nowhere is no folder" in error_of(capsys, *command)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guidance", "-1"], "guidance=-1.0: must be at least 0; 1 is no guidance"),
+        (["--guidance-start", "-0.5"], "guidance_start=-0.5: must be at least 0"),
+        (["--top-p", "0"], "top_p=0.0: must be above 0 and at most 1"),
+        (["--num", "0"], "--num 0: draw at least one candidate"),
+    ],
+)
+def test_settings_that_cannot_be_drawn_with_are_named_and_nothing_is_written(folder, tmp_path, capsys, options, message):
+    command = ["generate", "--model", folder, "--prompt", "a cat", "--out", tmp_path / "out", *options]
+    assert message in error_of(capsys, *command)
+    assert not (tmp_path / "out").exists()

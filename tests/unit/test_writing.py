@@ -69,6 +69,25 @@ def test_answers_are_those_written_without_a_cache_whatever_the_lengths_of_the_q
     assert one_by_one == found
 
 
+@ALL_SHAPES
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.5, top_p=0.9)], ids=["greedy", "sampled"])
+@torch.inference_mode()
+def test_sixty_texts_are_the_tokens_drawn_without_a_cache(changes, sampling):
+    """All 60 by teacher forcing: each token is drawn again from the logits of one pass over the whole sequence."""
+    model, codes, text = model_of(**changes), random_codes(60), Letters()
+    questions = [QUESTIONS[i % 2] for i in range(60)]
+    found = answer_codes(model, SPEC, text, codes, questions, sampling=sampling, seed=5)
+    for row, (question, words) in enumerate(zip(questions, found, strict=True)):
+        ids = [ord(letter) - ord("a") + PAD + 1 for letter in words]
+        room = SPEC.text_slots - len(question)
+        batch = collate([answer(SPEC, question, ids[: room - 1], codes[row].numpy())])
+        logits = model(*batch.inputs())[0][0, len(question) :].float()
+        logits[:, [0, BEGIN_OF_TEXT, PAD]] = -torch.inf
+        wanted = [*ids, END_OF_TEXT][:room]
+        uniforms = torch.from_numpy(candidate_uniforms(5, row, SPEC.text_slots)[: len(wanted)])
+        assert sample_tokens(logits[: len(wanted)], uniforms, sampling).tolist() == wanted
+
+
 def test_a_question_changes_what_is_written_and_a_caption_is_the_answer_to_none():
     model, codes, text = model_of(), random_codes(3), Letters()
     captions = caption_codes(model, SPEC, text, codes)

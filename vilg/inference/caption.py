@@ -5,7 +5,7 @@ Shapes: I pictures, N image slots, V text vocabulary.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,26 +43,10 @@ def allowed_tokens(text: TextTokenizer, language: Language | None) -> Tensor:
 
 
 def caption_codes(
-    model: Vilg,
-    spec: SequenceSpec,
-    text: TextTokenizer,
-    codes: Tensor,
-    *,
-    language: Language | None = None,
-    sampling: SamplingConfig = GREEDY,
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    seed: int = 0,
-    batch: int = 64,
-    progress: Callable[[int], None] | None = None,
+    model: Vilg, spec: SequenceSpec, text: TextTokenizer, codes: Tensor, **settings: Any
 ) -> list[str]:
-    """One caption for each picture: `answer_codes` without a question."""
-    nothing: list[list[int]] = [[] for _ in range(len(codes))]
-    return answer_codes(
-        model, spec, text, codes, nothing,
-        language=language, sampling=sampling, beams=beams, length_penalty=length_penalty,
-        seed=seed, batch=batch, progress=progress,
-    )  # fmt: skip
+    """One caption for each picture: `answer_codes`, with its settings, without a question."""
+    return answer_codes(model, spec, text, codes, [()] * len(codes), **settings)
 
 
 @torch.inference_mode()
