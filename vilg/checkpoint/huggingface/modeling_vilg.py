@@ -22,10 +22,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .pictures_vilg import ImageTokenizer, load_image_tokenizer
 
 BEGIN_OF_TEXT, END_OF_TEXT, PAD = 1, 2, 3
-# All settings of a model that the trainer knows; a newer one may compute something that this file does not.
+# All settings of a model that the trainer knows; a newer one may compute something that this file does not. The reconstructor
+# of end-to-end training is one that it leaves alone: it decodes by the codebook.
 SETTINGS = {
     "num_layers", "hidden_size", "num_heads", "ffn_multiple", "attention", "row_style", "conv_size", "norm", "qk_norm",
-    "sandwich_norm", "embedding_gradient", "dropout", "init_std",
+    "sandwich_norm", "embedding_gradient", "dropout", "init_std", "reconstructor",
 }  # fmt: skip
 
 
