@@ -132,6 +132,7 @@ def draw_theirs(theirs: VilgForCausalLM, spec: SequenceSpec, num: int, slots: in
             return torch.full((len(input_ids),), len(times) > slots, dtype=torch.bool, device=input_ids.device)
 
     cache = theirs.generate(**settings, stopping_criteria=[Until()]).past_key_values
+    theirs.__dict__.pop("_cache", None)  # older versions keep it for the next call
     size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     return float(np.mean(np.diff(times))) * spec.image_slots, size
 

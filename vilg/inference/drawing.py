@@ -6,6 +6,7 @@ Shapes: R rows (candidates; twice as many are decoded with guidance), N image sl
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Drawing:
 
     def draw(self, *, graph: bool, on_step: OnStep | None = None) -> Tensor:
         """All slots; returns `codes`. graph: replay a CUDA graph of the step; on_step: called after each slot."""
-        step = self._captured() if graph else self.step
+        with torch.cuda.device(self.codes.device) if graph else nullcontext():
+            step = self._captured() if graph else self.step
         for slot in range(self.num_slots):
             step() if graph else self.step(slot)
             if on_step:
