@@ -51,16 +51,19 @@ class Running:
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         return self.request("POST", path, body, headers)[:2]
 
-    def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """All events of a streamed answer."""
-        status, content, headers = self.request("POST", path, body | {"stream": True})
-        assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
-        events = []
-        for block in content.decode().strip().split("\n\n"):
-            kind, data = block.split("\n")
-            events.append(json.loads(data.removeprefix("data: ")))
-            assert kind == f"event: {events[-1]['type']}"
-        return events
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a streamed answer, as they come."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request("POST", path, json.dumps(body | {"stream": True}), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == 200 and response.headers["Content-Type"].startswith("text/event-stream")
+            while kind := response.readline().decode().strip():
+                event = json.loads(response.readline().decode().removeprefix("data: "))
+                assert kind == f"event: {event['type']}" and response.readline() == b"\n"
+                yield event
+        finally:
+            connection.close()
 
     def leave_after_sending(self, path: str, body: dict[str, Any]) -> None:
         """A client that asks and goes away without waiting for the answer."""

@@ -65,12 +65,10 @@ def test_without_a_seed_each_request_draws_something_else_and_says_how_to_repeat
 
 def test_a_stream_counts_up_shows_half_drawn_pictures_and_ends_with_the_result(running):
     asked = {"prompt": "a cat", "n": 1, "candidates": 8, "seed": 3}
+    events = running.stream(IMAGES, asked | {"partial_images": 1})
     with occupied(running):
-        found = []
-        thread = threading.Thread(target=lambda: found.extend(running.stream(IMAGES, asked | {"partial_images": 1})))
-        thread.start()
-        until(lambda: not running.server.worker.idle and running.server.worker._line)
-    thread.join()
+        found = [next(events)]  # sent while the other work is still before it
+    found += events
     *progress, last = found
     assert [event["type"] for event in found] == ["progress"] * len(progress) + ["completed"]
     assert progress[0]["ahead"] == 1
@@ -242,7 +240,7 @@ def test_a_request_that_waits_too_long_times_out_and_leaves_the_queue(folder):
     with running_server(folder, timeout=0.3) as running, occupied(running):
         status, body = running.post(IMAGES, {"prompt": "a cat"})
         assert (status, body["error"]["code"]) == (504, "timeout")
-        events = running.stream(IMAGES, {"prompt": "a cat"})
+        events = list(running.stream(IMAGES, {"prompt": "a cat"}))
         assert events[0]["ahead"] == 1 and events[-1]["error"]["code"] == "timeout"
         assert not running.server.worker._line
 
@@ -282,7 +280,7 @@ def test_a_failure_of_ours_is_told_apart_and_the_server_lives_on(running, monkey
     monkeypatch.setattr("vilg.inference.serve.work.draw_images", broken)
     status, body = running.post(IMAGES, {"prompt": "a cat"})
     assert (status, body["error"]["type"]) == (500, "server_error") and "ZeroDivision" not in str(body)
-    assert running.stream(IMAGES, {"prompt": "a cat"})[-1]["error"]["code"] == "internal_error"
+    assert list(running.stream(IMAGES, {"prompt": "a cat"}))[-1]["error"]["code"] == "internal_error"
     assert "ZeroDivisionError" in capsys.readouterr().err
     monkeypatch.undo()
     assert running.post(IMAGES, {"prompt": "a cat"})[0] == 200
