@@ -7,7 +7,7 @@ Three contenders, each in a process of its own, on launch/recipes/300m.yaml as `
 micro-batch a step), with random tokens and random 256-pixel images:
 
 - `two-stage`: the recipe as it is;
-- `end-to-end`: with model.reconstructor (pixel and edge losses, balance, moving average), decoder in fp32;
+- `end-to-end`: with model.reconstructor (pixel and edge losses, balance, moving average), VQGAN's decoder in fp32;
 - `adversarial`: and with the discriminator learning in every step.
 
 Prints and writes median step and 20/80 % quantiles over the steps after the warm-up, peak memory, parameters beside the
@@ -36,6 +36,7 @@ from vilg.config import Recipe, load_recipe  # noqa: E402
 from vilg.parallel.grid import Grid  # noqa: E402
 from vilg.tokens.sequence import SequenceBatch, collate, image_to_text, text_to_image  # noqa: E402
 from vilg.tokens.vqgan import ImageTokenizer, ImageTokenizerConfig  # noqa: E402
+from vilg.tokens.vqgan.config import TamingConfig  # noqa: E402
 from vilg.train.distributed import distributed  # noqa: E402
 from vilg.train.engine import build_engine, build_model  # noqa: E402
 from vilg.train.metrics import peak_memory  # noqa: E402
@@ -52,7 +53,7 @@ CONTENDERS = {
 }  # fmt: skip
 WARM_UP = 10
 TINY = ["model.num_layers=2", "model.hidden_size=64", "model.num_heads=2", "tokens.grid=[8,8]", "tokens.text_slots=16",
-        "tokens.text_vocab_size=512", "tokens.image_vocab_size=512", "schedule.steps=1000", "schedule.warmup_steps=10"]  # fmt: skip
+        "tokens.text_vocab_size=512", "tokens.image_vocab_size=512"]  # fmt: skip
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -60,12 +61,17 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return load_recipe("launch/recipes/300m.yaml", [*cut, *CONTENDERS[args.contender], *(TINY if args.tiny else [])], world_size=1)
 
 
-def tokenizer_of(recipe: Recipe, factor: int) -> ImageTokenizer:
-    """Untrained: time and memory are those of its shape."""
+def tokenizer_of(recipe: Recipe, factor: int, *, tiny: bool) -> ImageTokenizer:
+    """Untrained: time and memory are those of its shape, which is VQGAN's with taming's defaults for f = 8."""
     torch.manual_seed(0)
     rows, codes = recipe.tokens.grid[0], recipe.tokens.image_vocab_size
-    shape = dict(decoder_width=256, decoder_blocks=4) if rows > 8 else {}
-    return ImageTokenizer(ImageTokenizerConfig(image_size=rows * factor, factor=factor, num_codes=codes, **shape))
+    shape = dict(image_size=rows * factor, factor=factor, num_codes=codes)
+    if not tiny:
+        shape |= dict(architecture="taming", code_dim=256, taming=TamingConfig())
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(**shape))
+    with torch.no_grad():
+        tokenizer.codebook.vectors.normal_()
+    return tokenizer
 
 
 def batch_of(recipe: Recipe, side: int, seed: int) -> SequenceBatch:
@@ -87,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict:
         grid, spec = Grid.build(), sequence_spec(recipe)
         model = build_model(recipe, spec, grid, device)
         model.reset_parameters(0)
-        tokenizer = tokenizer_of(recipe, args.factor)
+        tokenizer = tokenizer_of(recipe, args.factor, tiny=args.tiny)
         reconstruction = build_reconstruction(recipe, grid, model, tokenizer, device, fresh=True)
         engine = build_engine(recipe, grid, model, device, reconstruction)
         batches = [batch_of(recipe, tokenizer.image_size, seed) for seed in range(4)]
