@@ -57,13 +57,16 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of a finished demo")
     parser.add_argument("--num", type=int, default=8, help="candidates of a prompt")
     parser.add_argument("--num-scenes", type=int, default=128, help="scenes of a split; held out are 64")
+    parser.add_argument("--glyphs", type=int, nargs="+", help="objects asked for, by number; default: the demo's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args()
     config, bundle = read_scenes(options.demo / "raw"), load_model(options.demo / "export")
     matcher, splits = SceneMatcher(config), {}
     for split in EVALUATED_SPLITS:
-        scenes = distinct_scenes(config, split, options.num_scenes)
+        every = distinct_scenes(config, split, config.count(split))
+        glyphs = set(options.glyphs or range(config.num_glyphs))
+        scenes = [scene for scene in every if glyphs.issuperset(scene.glyphs)][: options.num_scenes]
         for language in LANGUAGES:
             prompts = [scene.caption(language) for scene in scenes]
             with tqdm(total=len(prompts) * options.num, unit="image", desc=f"{split} {language}") as bar:
