@@ -42,7 +42,7 @@ import torch.nn.functional as F  # noqa: E402
 from PIL import Image, ImageFilter  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks.end_to_end_setup import END_TO_END, SIDE, prepare, train, vilg  # noqa: E402
+from benchmarks.end_to_end_setup import END_TO_END, SIDE, prepare, side_by_side, train, vilg  # noqa: E402
 from vilg.checkpoint.state import source_commit, versions  # noqa: E402
 from vilg.evaluate.frechet import FeatureMoments, Gaussian, frechet_distance  # noqa: E402
 from vilg.inference.decode import decode_pictures  # noqa: E402
@@ -253,6 +253,7 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of `vilg demo`")
     parser.add_argument("--work", type=Path, default=Path("runs/end_to_end"), help="folder for shards and runs")
     parser.add_argument("--only", type=int, metavar="SEED", help="do one seed and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds trained side by side, a core each")
     parser.add_argument("--collect", action="store_true", help="train nothing; result from the seeds in --work")
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
@@ -260,8 +261,11 @@ def main() -> int:
     work = args.work.resolve()
     if not args.collect:
         prepare(args.demo.resolve(), work, shards=SHARDS)
-        for seed in SEEDS if args.only is None else [args.only]:
-            one_seed(work, seed, args.steps)
+        if args.only is not None:
+            one_seed(work, args.only, args.steps)
+        else:
+            own = ["--demo", str(args.demo), "--work", str(work), "--steps", str(args.steps)]
+            side_by_side(__file__, [[*own, "--only", str(seed)] for seed in SEEDS], args.jobs)
     if args.only is None:
         result = collect(work, args.steps)
         if args.steps == STEPS:

@@ -3,12 +3,20 @@ thousands of steps on one core.
 
     prepare(demo, work)     image tokenizer and token shards with images, made once in `work`
     train(work, run, ...)   one `vilg train` in a process of its own
+
+The data of a demo without its trainings take half a minute:
+
+    vilg demo-data --out D/raw --config launch/recipes/demo/scenes.yaml
+    vilg tokenizer train-text --captions D/raw/train --vocab-size 1000 --out D/text.model
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +62,13 @@ def train(work: Path, run: Path, settings: dict[str, object]) -> float:
     started = time.perf_counter()
     vilg("train", "launch/recipes/demo/train.yaml", *(f"--{key}={value}" for key, value in everything.items()))
     return time.perf_counter() - started
+
+
+def side_by_side(script: str, arguments: Iterable[list[str]], jobs: int) -> None:
+    """Run a benchmark once for each list of arguments, at most `jobs` processes of one thread each at a time."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda own: subprocess.run([sys.executable, script, *own], env=environment, check=True), arguments))
 
 
 def vilg(*arguments: object) -> None:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from benchmarks.end_to_end_setup import END_TO_END, prepare, train  # noqa: E402
+from benchmarks.end_to_end_setup import END_TO_END, prepare, side_by_side, train  # noqa: E402
 from vilg.checkpoint.state import source_commit, versions  # noqa: E402
 from vilg.pictures.plots import read_metrics, save_figure, smoothed  # noqa: E402
 
@@ -128,6 +128,7 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of `vilg demo`")
     parser.add_argument("--work", type=Path, default=Path("runs/end_to_end_stability"), help="folder for shards and runs")
     parser.add_argument("--only", metavar="SEED:FORM", help="do one run and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a core each")
     parser.add_argument("--draw", action="store_true", help="train nothing; picture and result from the runs in --work")
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
@@ -139,9 +140,8 @@ def main() -> int:
         run_one(work, int(seed), form, args.steps)
         return 0
     if not args.draw:
-        for seed in SEEDS:
-            for form in FORMS:
-                run_one(work, seed, form, args.steps)
+        own = ["--demo", str(args.demo), "--work", str(work), "--steps", str(args.steps)]
+        side_by_side(__file__, [[*own, "--only", f"{seed}:{form}"] for seed in SEEDS for form in FORMS], args.jobs)
     found = {
         (form, seed): read_metrics(work / f"{form}-{seed}" / "logs" / "metrics.jsonl")
         for form in FORMS for seed in SEEDS if (work / f"{form}-{seed}" / "logs" / "metrics.jsonl").exists()
