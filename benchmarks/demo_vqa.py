@@ -17,7 +17,8 @@ Contenders, same data, steps and batch:
 - majority: the most usual answer to each question (of the references themselves, which favours it).
 
 held_out: combinations of object and background that neither pre-training nor tuning showed; seen: shown ones. A figure is the
-share of exactly matching answers; its standard error is below 0.025 on 1,024 answers a split (256 scenes, 4 questions).
+share of exactly matching answers; answers about one scene are not
+independent, so its standard error is that of the number of scenes rather than of answers.
 """
 
 import argparse
