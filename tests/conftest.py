@@ -14,6 +14,7 @@ _SCRATCH = tempfile.mkdtemp(prefix="vilg-tests-")
 for _variable, _folder in {
     "TRITON_CACHE_DIR": "triton",
     "TORCH_EXTENSIONS_DIR": "torch_extensions",  # a stale lock file in the shared one would hang a run
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "MPLCONFIGDIR": "matplotlib",
 }.items():
     os.environ[_variable] = os.path.join(_SCRATCH, _folder)

@@ -212,7 +212,7 @@ def _node(r: Any, known: Surroundings) -> Iterator[Problem]:
             f"{r.parallel.deepspeed} has zero_hpz_partition_size={ranks}, which copies weights that only ZeRO stage 3 "
             "cuts; take it out, or use stage 3",
         )
-    elif known.world_size is not None and known.world_size % (split * ranks):
+    elif known.world_size is not None and known.world_size % split == 0 and known.world_size % (split * ranks):
         yield Problem(
             "parallel.deepspeed",
             f"{r.parallel.deepspeed} has zero_hpz_partition_size={ranks}, but {known.world_size} processes make "

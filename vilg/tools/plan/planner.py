@@ -182,6 +182,11 @@ class _Place:
         return {"fp32": 4, "fp16": 2, "bf16": 2, None: self.width}[named]
 
     @property
+    def sent_width(self) -> int:
+        """Bytes of the type that gradients are sent to other ranks in."""
+        return {"fp32": 4, "fp16": 2, "bf16": 2, None: self.width}[self.zero.get("communication_data_type")]
+
+    @property
     def sequences(self) -> int:
         """Of one micro-batch."""
         return self.recipe.batch.micro_size * (2 if self.recipe.data.directions == "both" else 1)
@@ -254,7 +259,7 @@ def _work(place: _Place, first: int, stop: int, parameters: int) -> Work:
     head_passes = place.sequences * logits / tensor * (2 * width + 12) if has_heads else 0.0
     collective = 2 * ring(tensor, slots * hidden * width)  # an all-reduce; with sequence parallelism gather and scatter
     again_collectives = again_blocks * {"none": 0, "selective": 1, "full": 2}[parallel.recompute]
-    gathered, reduced = ring(data, width * parameters), ring(data, width * parameters)
+    gathered, reduced = ring(data, width * parameters), ring(data, place.sent_width * parameters)
     shared = secondary_partition(place.zero)
     return Work(
         flops=place.sequences * sum(costs[first:stop]) / tensor,
@@ -264,9 +269,10 @@ def _work(place: _Place, first: int, stop: int, parameters: int) -> Work:
         micro_batches=place.micro_batches,
         tensor_bytes=(4 * blocks + again_collectives + has_heads + has_embedding) * collective,
         boundary_bytes=2 * slots * hidden * width / (tensor if parallel.sequence else 1) if pipeline > 1 else 0.0,
-        zero_bytes=(gathered * (1 if shared else 2) if stage == 3 else 0.0) + (reduced if stage >= 2 else 0.0),
+        zero_bytes=(gathered * (1 if shared else 2) if stage == 3 else 0.0) + {2: 2 * reduced, 3: reduced}.get(stage, 0.0),
         node_bytes=ring(shared, width * parameters) if shared and stage == 3 else 0.0,
-        step_bytes=(ring(data, place.gradient_width * parameters) if stage < 2 else 0) + (gathered if stage < 3 else 0),
+        # DeepSpeed all-reduces gradients under ZeRO 1 and 2, although each rank needs only its part of the sums.
+        step_bytes=(2 * reduced if stage < 2 else 0) + (gathered if stage in (1, 2) else 0),
         optimizer_parameters=parameters / (data if stage else 1),
         offload=offloads_optimizer(place.zero),
     )
