@@ -12,7 +12,8 @@ Peers on a GPU: dense causal SDPA without a mask (flash, cuDNN), SDPA with the m
 raster order and, for columns, on tokens permuted in advance, and matmul-softmax-matmul, the paper's own baseline.
 On a CPU: SDPA with the mask. `useful` = FLOPs of visible pairs only. The roofline is the larger of the FLOPs of the
 64 x 64 tiles computed over the measured matmul rate and the bytes read and written once per kernel over the measured
-copy bandwidth.
+copy bandwidth. Times are those of the device: a GPU is kept busy while the host prepares what is timed, so that a launch
+costs nothing, as in a training step, whose host runs ahead. `--json` is written anew after every case.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from kernels.attention.tiles import BLOCK, choose_tile, score_tiles
 from kernels.patterns import dense_mask, visible, window
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_START = 6_000_000  # cycles (about 3 ms) that the device sleeps while the host launches what is timed
 CHECKED_HEADS = 2  # the reference writes out every score: 96 x 96 in fp64 fits only for few heads
 
 
@@ -86,17 +88,30 @@ def useful_pairs(case: Case) -> int:
     return sum(int(m.sum()) for m in masks)
 
 
-def computed_tiles(case: Case) -> int:
-    """64 x 64 score tiles the kernels compute for one head of one sample."""
+def computed_matmuls(case: Case) -> dict[str, int]:
+    """64 x 64 x D matrix products of each pass for one head of one sample."""
     view, is_target = window(case.pattern, case.grid), case.direction == "text_to_image"
     tile = choose_tile(view)
     chunks = -(-case.text_len // BLOCK)
-    image = score_tiles(view, tile, is_target) + (tile.count(view) * chunks if is_target else 0)
-    text = chunks * chunks if is_target else chunks * (chunks + 1) // 2 + chunks * -(-view.num_slots // BLOCK)
-    return image + text
+    image = score_tiles(view, tile, is_target)
+    text = chunks * chunks if is_target else chunks * (chunks + 1) // 2
+    text += chunks * (tile.count(view) if is_target else -(-view.num_slots // BLOCK))
+    # backward: dQ is three products, dK and dV four; a closed tile of the image makes all three with five
+    backward = (5 if tile.closed(view) else 7) * image + 7 * text
+    return {"forward": 2 * (image + text), "backward": backward, "both": 2 * (image + text) + backward}
 
 
-def peers(case: Case) -> dict:
+def moved_tensors(case: Case) -> dict[str, int]:
+    """Tensors of the size of q that the kernels of each pass read or write.
+
+    Backward: q, k, v, out, grad, dq and (closed tiles) dk, dv; else q, k, v, grad, dk, dv again; q, grad for text keys.
+    """
+    view = window(case.pattern, case.grid)
+    backward = 10 if choose_tile(view).closed(view) else 14
+    return {"forward": 4, "backward": backward, "both": 4 + backward}
+
+
+def peers(case: Case, *, with_flex: bool) -> dict:
     """name -> function(q, k, v) -> out; only those that this device has."""
     samples, view = case.samples(), window(case.pattern, case.grid)
     plan = attention_plan(text_slots=case.text_slots, dtype=DTYPES[case.dtype], **case.call())
@@ -122,6 +137,8 @@ def peers(case: Case) -> dict:
     found["sdpa flash, dense causal"] = dense(SDPBackend.FLASH_ATTENTION)
     found["sdpa cudnn, dense causal"] = dense(SDPBackend.CUDNN_ATTENTION)
     found["matmul-softmax-matmul"] = unfused
+    if not with_flex:
+        return found
     found["flex, raster order"] = flex(case, view, None)
     if case.pattern == "column":
         image = torch.arange(view.num_slots, device=case.device).view(case.grid).t().flatten()
@@ -190,6 +207,7 @@ def measure(function, device: str, repeats: int) -> tuple[float, float, float]:
             times.append((time.perf_counter() - start) * 1e3)
         else:
             flush.zero_()
+            torch.cuda._sleep(HEAD_START)
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
             function()
@@ -211,13 +229,14 @@ def device_rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * size**3 / matmul * 1e3, 2 * source.numel() * 4 / copy * 1e3
 
 
-def run_case(case: Case, rates: tuple[float, float], repeats: int) -> list[dict]:
+def run_case(case: Case, rates: tuple[float, float], repeats: int, *, with_flex: bool) -> list[dict]:
     """One row per implementation and pass."""
     rows = []
-    pairs, tiles, programs = useful_pairs(case), computed_tiles(case), case.batch * case.heads
+    pairs, programs = useful_pairs(case), case.batch * case.heads
+    matmuls, tensors = computed_matmuls(case), moved_tensors(case)
     tensor_bytes = programs * case.slots * case.channels * DTYPES[case.dtype].itemsize
     q, k, v, grad = case.inputs()
-    for name, function in peers(case).items():
+    for name, function in peers(case, with_flex=with_flex).items():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         try:
             out = function(*leaves)
@@ -228,18 +247,19 @@ def run_case(case: Case, rates: tuple[float, float], repeats: int) -> list[dict]
             rows.append({**asdict(case), "name": name, "unavailable": str(error).splitlines()[0][:200]})
             continue
         passes = {
-            "forward": (lambda: function(q, k, v), 2, 4),
-            "backward": (lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), 7, 12),
-            "both": (lambda: torch.autograd.grad(function(*leaves), leaves, grad), 9, 16),
+            "forward": lambda: function(q, k, v),
+            "backward": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
+            "both": lambda: torch.autograd.grad(function(*leaves), leaves, grad),
         }
-        for which, (step, matmuls, tensors) in passes.items():
+        for which, step in passes.items():
             median, low, high = measure(step, case.device, repeats)
             row = {**asdict(case), "name": name, "pass": which, "ms": median, "ms_20": low, "ms_80": high}
             useful_matmuls = {"forward": 2, "backward": 5, "both": 7}[which]  # no algorithm needs more
             row["useful_tflops"] = useful_matmuls * 2 * pairs * case.channels * programs / median / 1e9
             if name == "ours" and case.device == "cuda":  # the tiles counted are those of the Triton kernels
-                flops = matmuls * 2 * tiles * BLOCK * BLOCK * case.channels * programs
-                row["roofline_fraction"] = max(flops / rates[0], tensors * tensor_bytes / rates[1]) * 1e3 / median
+                flops = matmuls[which] * 2 * BLOCK * BLOCK * case.channels * programs
+                floor = max(flops / rates[0], tensors[which] * tensor_bytes / rates[1])
+                row["roofline_fraction"] = floor * 1e3 / median
             rows.append(row)
         del out
     return rows
@@ -285,6 +305,9 @@ def main() -> int:
     parser.add_argument("--text-slots", type=int, default=128)
     parser.add_argument("--text-len", type=int, help="valid text slots, default: all")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--flex", default="text_to_image,image_to_text", help="directions measured with FlexAttention too (slow to compile)"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="write every row, with hardware and versions, to this file")
     args = parser.parse_args()
@@ -307,12 +330,12 @@ def main() -> int:
                     failed = True
                     print(f"  WRONG, not timed: {wrong}")
                     continue
-                rows = run_case(case, rates, args.repeats)
+                rows = run_case(case, rates, args.repeats, with_flex=direction in args.flex.split(","))
                 report(rows)
                 results += rows
-    if args.json:
-        content = {**about, "matmul_flops": rates[0], "copy_bytes": rates[1], "rows": results}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+                if args.json:
+                    content = {**about, "matmul_flops": rates[0], "copy_bytes": rates[1], "rows": results}
+                    Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
     return 1 if failed else 0
 
 

@@ -120,8 +120,8 @@ def _tool(name: str, *args: str) -> str:
 
 def compile_launch(launch: Recorded, capability: int, pattern: str, dtype: str, channels: int) -> Compiled:
     """Compile for `capability` (80 or 90) and read registers, spills and instructions from the binary."""
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    binary = triton.compile(_source(launch), target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    binary = triton.compile(_source(launch), target=target, options=launch.config.options())
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernel.cubin")
         Path(cubin).write_bytes(binary.asm["cubin"])

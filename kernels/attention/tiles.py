@@ -28,6 +28,12 @@ class Tile:
     def count(self, view: Window) -> int:
         return -(-view.rows // self.rows) * self.across(view)
 
+    def closed(self, view: Window) -> bool:
+        """Do the queries of every tile read, of the image, their own tile only?"""
+        whole_rows = self.cols >= view.cols or view.reach_cols == 0
+        whole_cols = self.rows >= view.rows or view.reach_rows == 0
+        return whole_rows and whole_cols
+
 
 def image_box(view: Window, first_row: int, first_col: int, tile: Tile, causal: bool) -> tuple[int, int, int, int]:
     """Rows [a, b) and columns [c, d) that hold every image key of the query tile at (first_row, first_col)."""

@@ -1,6 +1,8 @@
 """Parts shared by the Triton kernels: where a tile lies, which keys its box holds, loads and matmuls.
 
-A tile is 64 text slots or TILE_ROWS x TILE_COLS image slots of the window's view; programs 0 .. text_tiles-1 own text.
+A program owns M = TILE_ROWS * TILE_COLS slots: text slots in a row, or a rectangle of the window's view of the image;
+programs 0 .. text_tiles-1 own text. The window is constexpr: a mask that a pattern does not need is never compiled, and
+indices are divided by constants.
 """
 
 import triton
@@ -17,64 +19,104 @@ def sample_info(TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET, sample, text_slots):
 
 
 @triton.jit
-def tile_slots(tile, text_tiles, tiles_across, text_slots, rows, cols, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr):
-    """First row and column, and per lane: row, column, slot of the whole sequence, and whether that slot exists."""
+def image_tile(
+    tile, text_slots, ROWS: tl.constexpr, COLS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr
+):
+    """First row and column of image tile number `tile`; per lane: row, column, slot of the whole sequence, existence."""
     lane = tl.arange(0, TILE_ROWS * TILE_COLS)
-    is_text = tile < text_tiles
-    image_tile = tl.maximum(tile - text_tiles, 0)
-    first_row = image_tile // tiles_across * TILE_ROWS
-    first_col = image_tile % tiles_across * TILE_COLS
+    across: tl.constexpr = (COLS + TILE_COLS - 1) // TILE_COLS
+    first_row = tile // across * TILE_ROWS
+    first_col = tile % across * TILE_COLS
     row = first_row + lane // TILE_COLS
     col = first_col + lane % TILE_COLS
-    text_slot = tile * (TILE_ROWS * TILE_COLS) + lane
-    slot = tl.where(is_text, text_slot, text_slots + row * cols + col)
-    exists = tl.where(is_text, text_slot < text_slots, (row < rows) & (col < cols))
-    return first_row, first_col, row, col, slot, exists
+    if ROWS % TILE_ROWS == 0 and COLS % TILE_COLS == 0:
+        exists = tl.full([TILE_ROWS * TILE_COLS], True, tl.int1)
+    else:
+        exists = (row < ROWS) & (col < COLS)
+    return first_row, first_col, row, col, text_slots + row * COLS + col, exists
 
 
 @triton.jit
 def image_box(
-    first_row, first_col, rows, cols, reach_rows, reach_cols, causal,
+    first_row, first_col, causal,
+    ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """First row, first column, width and number of slots of the box joined with an image tile.
 
     Not transposed: the keys of a query tile. Transposed: the queries of a key tile, whose causal side is the later one.
     """
-    row_reach_causal = tl.where(causal, 0, reach_rows)
-    same_row_only = causal & (reach_rows == 0)
-    col_reach_causal = tl.where(same_row_only, 0, reach_cols)
+    row_reach_causal = tl.where(causal, 0, REACH_ROWS)
+    same_row_only = causal & (REACH_ROWS == 0)
+    col_reach_causal = tl.where(same_row_only, 0, REACH_COLS)
     if TRANSPOSED:
         row_start = tl.maximum(first_row - row_reach_causal, 0)
-        row_stop = tl.minimum(first_row + TILE_ROWS + reach_rows, rows)
+        row_stop = tl.minimum(first_row + TILE_ROWS + REACH_ROWS, ROWS)
         col_start = tl.maximum(first_col - col_reach_causal, 0)
-        col_stop = tl.minimum(first_col + TILE_COLS + reach_cols, cols)
+        col_stop = tl.minimum(first_col + TILE_COLS + REACH_COLS, COLS)
     else:
-        row_start = tl.maximum(first_row - reach_rows, 0)
-        row_stop = tl.minimum(first_row + TILE_ROWS + row_reach_causal, rows)
-        col_start = tl.maximum(first_col - reach_cols, 0)
-        col_stop = tl.minimum(first_col + TILE_COLS + col_reach_causal, cols)
+        row_start = tl.maximum(first_row - REACH_ROWS, 0)
+        row_stop = tl.minimum(first_row + TILE_ROWS + row_reach_causal, ROWS)
+        col_start = tl.maximum(first_col - REACH_COLS, 0)
+        col_stop = tl.minimum(first_col + TILE_COLS + col_reach_causal, COLS)
     width = col_stop - col_start
     return row_start, col_start, width, (row_stop - row_start) * width
 
 
 @triton.jit
-def joined(row, col, other_row, other_col, reach_rows, reach_cols):
+def box_slots(
+    index, row_start, col_start, width,
+    ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+):  # fmt: skip
+    """Row and column of the box's slots number `index`, counted along its rows."""
+    one_row: tl.constexpr = ROWS == 1 or (REACH_ROWS == 0 and TILE_ROWS == 1)
+    height: tl.constexpr = TILE_ROWS + 2 * REACH_ROWS
+    breadth: tl.constexpr = TILE_COLS + 2 * REACH_COLS
+    if one_row:
+        row = tl.zeros_like(index)
+    elif REACH_COLS == 0 and COLS % TILE_COLS == 0:
+        row = index // TILE_COLS
+    elif height * breadth * breadth < 2**20 and height < 2**10:
+        # index / width as a product: exact while index * (rounding error of the reciprocal, below width) < 2**20
+        row = (index * ((2**20 + width - 1) // width)) >> 20
+    else:
+        row = index // width
+    return row_start + row, col_start + index - row * width
+
+
+@triton.jit
+def joined(
+    row, col, other_row, other_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
+):  # fmt: skip
     """The pattern's box rule, `kernels.patterns.Window.joins`, on coordinates; broadcasts."""
-    return (tl.abs(row - other_row) <= reach_rows) & (tl.abs(col - other_col) <= reach_cols)
+    if REACH_ROWS >= ROWS - 1:
+        near = tl.abs(col - other_col) <= REACH_COLS
+    elif REACH_COLS >= COLS - 1:
+        near = tl.abs(row - other_row) <= REACH_ROWS
+    else:
+        near = (tl.abs(row - other_row) <= REACH_ROWS) & (tl.abs(col - other_col) <= REACH_COLS)
+    return near
 
 
 @triton.jit
 def load_rows(BASE, slot, row_stride, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[slots, BLOCK_D] of one head; rows that do not exist and channels beyond D are zero.
+    """[slots, BLOCK_D] of one head; rows that do not exist and channels beyond D are zero. `exists` None: all do.
 
     BASE is that of the head (64-bit arithmetic); within a head 32 bits do, which the launch checks: fewer registers.
     """
     channel = tl.arange(0, BLOCK_D)
     pointers = BASE + slot[:, None] * row_stride + channel[None, :]
-    if BLOCK_D == D:
-        return tl.load(pointers, mask=exists[:, None], other=0.0)
-    return tl.load(pointers, mask=exists[:, None] & (channel < D)[None, :], other=0.0)
+    if exists is None and BLOCK_D == D:
+        rows = tl.load(pointers)
+    elif exists is None:
+        rows = tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
+    elif BLOCK_D == D:
+        rows = tl.load(pointers, mask=exists[:, None], other=0.0)
+    else:
+        rows = tl.load(pointers, mask=exists[:, None] & (channel < D)[None, :], other=0.0)
+    return rows
 
 
 @triton.jit

@@ -35,7 +35,8 @@ def fold(acc, running_max, running_sum, q, k, v, seen):
 def decode_kernel(
     Q, TEXT_K, TEXT_V, IMAGE_K, IMAGE_V, OUT, TEXT_PREFIX, IMAGE_SLOT,
     q_b, q_h, tk_b, tk_h, tk_s, tv_b, tv_h, tv_s, ik_b, ik_h, ik_s, iv_b, iv_h, iv_s,
-    heads, group, text_slots, capacity, rows, cols, reach_rows, reach_cols,
+    heads, group, text_slots,
+    CAPACITY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     CANDIDATES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -63,20 +64,28 @@ def decode_kernel(
         acc, running_max, running_sum = fold(acc, running_max, running_sum, q, k[None, :, :], v[None, :, :], seen)
 
     slot = tl.load(IMAGE_SLOT + sequence, mask=exists, other=0)
-    row, col = slot // cols, slot % cols
-    row_start = tl.maximum(row - reach_rows, 0)
-    col_start = tl.maximum(col - reach_cols, 0)
-    col_stop = tl.where(reach_rows == 0, col + 1, tl.minimum(col + reach_cols + 1, cols))
-    width = col_stop - col_start
+    row, col = slot // COLS, slot % COLS
+    row_start = tl.maximum(row - REACH_ROWS, 0)
+    col_start = tl.maximum(col - REACH_COLS, 0)
+    if REACH_ROWS == 0:
+        width = col + 1 - col_start
+    else:
+        width = tl.minimum(col + REACH_COLS + 1, COLS) - col_start
     count = tl.where(exists, (row - row_start + 1) * width, 0)
     for start in range(0, tl.max(count, 0), BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
-        key_row = row_start[:, None] + index[None, :] // width[:, None]
-        key_col = col_start[:, None] + index[None, :] % width[:, None]
-        key = key_row * cols + key_col
-        near = joined(row[:, None], col[:, None], key_row, key_col, reach_rows, reach_cols)
+        if REACH_ROWS == 0:
+            index_row = tl.zeros_like(index)[None, :]
+        elif REACH_COLS == 0:
+            index_row = index[None, :]
+        else:
+            index_row = index[None, :] // width[:, None]
+        key_row = row_start[:, None] + index_row
+        key_col = col_start[:, None] + index[None, :] - index_row * width[:, None]
+        key = key_row * COLS + key_col
+        near = joined(row[:, None], col[:, None], key_row, key_col, ROWS, COLS, REACH_ROWS, REACH_COLS)
         seen = (index[None, :] < count[:, None]) & (key <= slot[:, None]) & near
-        entry = (key % capacity).to(tl.int64)[:, :, None]
+        entry = (key % CAPACITY).to(tl.int64)[:, :, None]
         readable = seen[:, :, None] & (channel < D)[None, None, :]
         base = sequence[:, None, None]
         k = tl.load(IMAGE_K + base * ik_b + head * ik_h + entry * ik_s + channel[None, None, :], mask=readable, other=0.0)
@@ -103,6 +112,8 @@ def decode(
     candidates = min(CANDIDATES if q.element_size() == 2 else CANDIDATES // 2, triton.next_power_of_2(group))
     block_d = max(16, triton.next_power_of_2(channels))
     constants = {
+        "CAPACITY": image_k.shape[2],
+        **dict(zip(("ROWS", "COLS", "REACH_ROWS", "REACH_COLS"), window)),
         "QK_SCALE": scale * triton_op.LOG2_E,
         "D": channels,
         "BLOCK_D": block_d,
@@ -113,7 +124,7 @@ def decode(
     args = (
         q, text_k, text_v, image_k, image_v, out, text_prefix, image_slot, *q.stride()[:2],
         *(stride for x in (text_k, text_v, image_k, image_v) for stride in x.stride()[:3]),
-        heads, group, text_slots, image_k.shape[2], *window,
+        heads, group, text_slots,
     )  # fmt: skip
     launch_grid = (samples * heads, triton.cdiv(group, candidates))
     # wide fp32 heads spill with four warps

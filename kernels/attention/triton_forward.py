@@ -7,7 +7,9 @@ Logits are kept in base 2: `QK_SCALE` = scale * log2(e).
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_common import dot, image_box, joined, load_rows, narrow, sample_info, store_rows, tile_slots
+from kernels.attention.triton_common import (
+    box_slots, dot, image_box, image_tile, joined, load_rows, narrow, sample_info, store_rows,
+)  # fmt: skip
 
 
 @triton.jit
@@ -15,12 +17,20 @@ def attend(
     acc, running_max, running_sum, q, K, V, k_s, v_s, key_slot, key_exists, seen,
     QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Fold N more keys into (acc [M, BLOCK_D], running_max [M], running_sum [M]). `seen`: bool [M, N]."""
+    """Fold N more keys into (acc [M, BLOCK_D], running_max [M], running_sum [M]).
+
+    `key_exists`: bool [N]; `seen`: bool, broadcasts to [M, N]; either may be None: all.
+    """
     k = load_rows(K, key_slot, k_s, key_exists, D, BLOCK_D)
     v = load_rows(V, key_slot, v_s, key_exists, D, BLOCK_D)
-    scores = tl.where(seen, dot(q, tl.trans(k), ACC, WIDEN) * QK_SCALE, float("-inf"))
-    new_max = tl.maximum(running_max, tl.max(scores, 1))
-    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have seen nothing yet: no inf - inf
+    scores = dot(q, tl.trans(k), ACC, WIDEN) * QK_SCALE
+    if seen is None:
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        safe_max = new_max
+    else:
+        scores = tl.where(seen, scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # rows that have seen nothing yet: no inf - inf
     rescale = tl.exp2(running_max - safe_max)
     p = tl.exp2(scores - safe_max[:, None])
     acc = acc * rescale[:, None] + dot(narrow(p, v.dtype, WIDEN), v, ACC, WIDEN)
@@ -28,66 +38,101 @@ def attend(
 
 
 @triton.jit
+def attend_range(
+    acc, running_max, running_sum, q, K, V, k_s, v_s, first, count,
+    QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """`attend` to the `count` slots from `first` on, which every query of the tile sees: whole chunks need no mask."""
+    whole = count // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        key = first + start + tl.arange(0, BLOCK_N)
+        acc, running_max, running_sum = attend(
+            acc, running_max, running_sum, q, K, V, k_s, v_s, key, None, None, QK_SCALE, D, BLOCK_D, ACC, WIDEN
+        )
+    if whole < count:
+        key = first + whole + tl.arange(0, BLOCK_N)
+        inside = key < first + count
+        acc, running_max, running_sum = attend(
+            acc, running_max, running_sum, q, K, V, k_s, v_s, key, inside, inside[None, :],
+            QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+        )  # fmt: skip
+    return acc, running_max, running_sum
+
+
+@triton.jit
 def forward_kernel(
     Q, K, V, OUT, LSE, TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET,
-    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s,
-    heads, slots, text_slots, rows, cols, reach_rows, reach_cols, text_tiles, tiles_across,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, heads, slots, text_slots, text_tiles,
     QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """OUT [B, H, S, D] = attention; LSE [B, H, S] = log2 of the softmax denominator, +inf for rows that see nothing."""
+    M: tl.constexpr = TILE_ROWS * TILE_COLS
     sample = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     tile = tl.program_id(1)  # the slow grid axis: text tiles, which may read the whole image, start first
     length, prefix, causal = sample_info(TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET, sample, text_slots)
-    first_row, first_col, row, col, slot, exists = tile_slots(
-        tile, text_tiles, tiles_across, text_slots, rows, cols, TILE_ROWS, TILE_COLS
-    )
-    is_text = tile < text_tiles
-    valid = exists & ((slot < length) | (slot >= text_slots))
     Q += sample * q_b + head * q_h
     K += sample * k_b + head * k_h
     V += sample * v_b + head * v_h
-    q = load_rows(Q, slot, q_s, valid, D, BLOCK_D)
-    acc = tl.zeros([TILE_ROWS * TILE_COLS, BLOCK_D], ACC)
-    running_max = tl.full([TILE_ROWS * TILE_COLS], float("-inf"), ACC)
-    running_sum = tl.zeros([TILE_ROWS * TILE_COLS], ACC)
+    OUT += sample * o_b + head * o_h
+    LSE += (sample * heads + head) * slots
+    acc = tl.zeros([M, BLOCK_D], ACC)
+    running_max = tl.full([M], float("-inf"), ACC)
+    running_sum = tl.zeros([M], ACC)
 
-    text_start = tile * (TILE_ROWS * TILE_COLS)
-    has_text_query = is_text & (text_start < length)
-    text_stop = tl.maximum(prefix, tl.minimum(text_start + TILE_ROWS * TILE_COLS, length))
-    text_stop = tl.where(is_text, tl.where(has_text_query, text_stop, 0), prefix)
-    for start in range(0, text_stop, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        past = is_text & (slot >= prefix)[:, None] & (key[None, :] <= slot[:, None])
-        seen = valid[:, None] & (key < text_stop)[None, :] & ((key < prefix)[None, :] | past)
-        acc, running_max, running_sum = attend(
-            acc, running_max, running_sum, q, K, V, k_s, v_s, key, key < text_stop, seen,
-            QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+    if tile < text_tiles:
+        slot = tile * M + tl.arange(0, M)
+        exists, valid = slot < text_slots, slot < length
+        q = load_rows(Q, slot, q_s, valid, D, BLOCK_D)
+        any_valid = tile * M < length
+        acc, running_max, running_sum = attend_range(
+            acc, running_max, running_sum, q, K, V, k_s, v_s, 0, tl.where(any_valid, prefix, 0),
+            QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN,
         )  # fmt: skip
-
-    row_start, col_start, width, count = image_box(
-        first_row, first_col, rows, cols, reach_rows, reach_cols, causal, TILE_ROWS, TILE_COLS, False
-    )
-    row_start = tl.where(is_text, 0, row_start)
-    col_start = tl.where(is_text, 0, col_start)
-    width = tl.where(is_text, cols, width)
-    count = tl.where(is_text, tl.where(has_text_query & (causal == 0), rows * cols, 0), count)
-    for start in range(0, count, BLOCK_N):
-        index = start + tl.arange(0, BLOCK_N)
-        key_row = row_start + index // width
-        key_col = col_start + index % width
-        key = text_slots + key_row * cols + key_col
-        near = joined(row[:, None], col[:, None], key_row[None, :], key_col[None, :], reach_rows, reach_cols)
-        near = near & ((causal == 0) | (key[None, :] <= slot[:, None]))
-        seen = valid[:, None] & (index < count)[None, :] & (is_text | near)
-        acc, running_max, running_sum = attend(
-            acc, running_max, running_sum, q, K, V, k_s, v_s, key, index < count, seen,
-            QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+        for start in range(prefix, tl.minimum(tile * M + M, length), BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            seen = (key < length)[None, :] & (key[None, :] <= slot[:, None])
+            acc, running_max, running_sum = attend(
+                acc, running_max, running_sum, q, K, V, k_s, v_s, key, key < length, seen,
+                QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+            )  # fmt: skip
+        acc, running_max, running_sum = attend_range(
+            acc, running_max, running_sum, q, K, V, k_s, v_s, text_slots,
+            tl.where(any_valid & (causal == 0), ROWS * COLS, 0), QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN,
         )  # fmt: skip
+    else:
+        first_row, first_col, row, col, slot, exists = image_tile(
+            tile - text_tiles, text_slots, ROWS, COLS, TILE_ROWS, TILE_COLS
+        )
+        valid = exists
+        q = load_rows(Q, slot, q_s, valid, D, BLOCK_D)
+        acc, running_max, running_sum = attend_range(
+            acc, running_max, running_sum, q, K, V, k_s, v_s, 0, prefix, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN
+        )
+        row_start, col_start, width, count = image_box(
+            first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False
+        )
+        last = tl.where(causal, slot, slots)  # the last slot each query may see
+        for start in range(0, count, BLOCK_N):
+            index = start + tl.arange(0, BLOCK_N)
+            key_row, key_col = box_slots(
+                index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
+            )
+            key = text_slots + key_row * COLS + key_col
+            seen = joined(
+                row[:, None], col[:, None], key_row[None, :], key_col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS
+            )
+            seen = seen & (index < count)[None, :] & (key[None, :] <= last[:, None])
+            acc, running_max, running_sum = attend(
+                acc, running_max, running_sum, q, K, V, k_s, v_s, key, index < count, seen,
+                QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+            )  # fmt: skip
 
-    empty = running_sum == 0
-    out = acc / tl.where(empty, 1.0, running_sum)[:, None]
-    store_rows(OUT + sample * o_b + head * o_h, slot, o_s, exists, out, D, BLOCK_D, WIDEN)
+    empty = (running_sum == 0) | (valid == 0)
+    out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, running_sum)[:, None])
+    store_rows(OUT, slot, o_s, exists, out, D, BLOCK_D, WIDEN)
     lse = tl.where(empty, float("inf"), running_max + tl.log2(tl.where(empty, 1.0, running_sum)))
-    tl.store(LSE + (sample * heads + head) * slots + slot, lse, mask=exists)
+    tl.store(LSE + slot, lse, mask=exists)

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.tiles import BLOCK, choose_tile
-from kernels.attention.triton_backward import key_gradient_kernel, query_gradient_kernel
 from kernels.attention.triton_forward import forward_kernel
+from kernels.attention.triton_key_gradient import image_key_gradient_kernel, text_key_gradient_kernel
+from kernels.attention.triton_query_gradient import query_gradient_kernel
 from kernels.patterns import Window
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -26,23 +27,44 @@ CHUNK_SLOTS = 1024  # image queries one program adds up for a tile of text keys
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """`chunk`: keys (or, in the key gradient, queries) of one step of the loop."""
+    """`chunk`: keys (or, in the key gradient, queries) of one step of the loop. `registers`: a limit for ptxas, which
+    lets more programs share a multiprocessor; None leaves it to ptxas."""
 
     num_warps: int
     num_stages: int
     chunk: int = BLOCK
+    registers: int | None = None
+
+    def options(self) -> dict:
+        """As Triton's launch and its ahead-of-time compiler take them."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
+
+
+HOPPER = {
+    "forward": LaunchConfig(4, 3, BLOCK, 128),
+    "query_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
+    "closed_gradient": LaunchConfig(4, 2, BLOCK // 2, 168),
+    "text_key_gradient": LaunchConfig(4, 2, BLOCK // 2, 128),
+    "image_key_gradient": LaunchConfig(4, 2, BLOCK // 2),
+}
 
 
 def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> LaunchConfig:
-    """Warps and pipeline stages of `forward`, `query_gradient`, `key_gradient`; checked by the compile gate (README).
+    """Warps, pipeline stages and register limit of `forward`, `query_gradient`, `closed_gradient` (a query gradient that
+    also gives dK and dV), `text_key_gradient` and `image_key_gradient`; checked by the compile gate, and the settings of
+    capability 90 for bf16 and 64 channels chosen by time on an H200 (README).
 
     `capability`: 80 (also for later devices below 90) or 90. Four warps run a 64 x 64 tile as one warp group of
     Hopper's; the gradients of Ampere spill registers with four.
     """
-    # the key gradient has two accumulators, and ptxas grants few registers to narrow heads: both spill in steps of 64
-    chunk = BLOCK // 2 if kernel == "key_gradient" or block_d <= 32 else BLOCK
+    keys = kernel in ("text_key_gradient", "image_key_gradient")
     if itemsize == 4:
         return LaunchConfig(8, 1, BLOCK // 4)
+    if capability >= 90 and block_d == 64:
+        return HOPPER[kernel]
+    # the key gradient has two accumulators, and ptxas grants few registers to narrow heads: both spill in steps of 64
+    chunk = BLOCK // 2 if keys or block_d <= 32 else BLOCK
     if block_d >= 128 or (kernel != "forward" and capability < 90):
         return LaunchConfig(8, 2, chunk)
     return LaunchConfig(4, 2, chunk)
@@ -66,6 +88,10 @@ def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dty
         "QK_SCALE": scale * LOG2_E,
         "D": channels,
         "BLOCK_D": max(16, 1 << (channels - 1).bit_length()),
+        "ROWS": view.rows,
+        "COLS": view.cols,
+        "REACH_ROWS": view.reach_rows,
+        "REACH_COLS": view.reach_cols,
         "TILE_ROWS": tile.rows,
         "TILE_COLS": tile.cols,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -104,31 +130,35 @@ class _Launch:
         q = tensors[0]
         self.view = Window(*window)
         self.text_slots = q.shape[2] - self.view.num_slots
-        slots = tile_size(q.dtype, q.shape[-1])
-        self.text_tiles = -(-self.text_slots // slots)
-        tile = choose_tile(self.view, slots)
+        self.tile_slots = tile_size(q.dtype, q.shape[-1])
+        self.text_tiles = -(-self.text_slots // self.tile_slots)
+        tile = choose_tile(self.view, self.tile_slots)
         self.image_tiles = tile.count(self.view)
         self.programs = q.shape[0] * q.shape[1]
         self.itemsize = q.element_size()
         if max(x.stride(2) for x in tensors) * q.shape[2] >= 2**31:
             raise ValueError(f"a head's {q.shape[2]} slots span 2**31 elements or more; pass smaller strides")
         self.constants = kernel_constants(q.shape[-1], scale, self.view, q.dtype)
-        self.sizes = (
-            q.shape[1], q.shape[2], self.text_slots, *window, self.text_tiles, tile.across(self.view),
-        )  # fmt: skip
+        self.closed = tile.closed(self.view)
+        self.sizes = (q.shape[1], q.shape[2], self.text_slots, self.text_tiles)
         self.device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
         self.capability = device_capability(q.device)
 
     def run(self, name: str, kernel, tiles: int, *args, **constants) -> None:
         config = launch_config(name, self.constants["BLOCK_D"], self.itemsize, self.capability)
+        constants.update(self.constants, BLOCK_N=config.chunk, M=self.tile_slots, IMAGE_SLOTS=self.view.num_slots)
         with self.device:
-            constants.update(self.constants, BLOCK_N=config.chunk)
-            start_kernel(kernel, (self.programs, tiles), args, constants, config)
+            start_kernel(kernel, (self.programs, tiles), args, _own(kernel, constants), config)
+
+
+def _own(kernel, constants: dict) -> dict:
+    """Those of `constants` that the kernel takes."""
+    return {name: constants[name] for name in kernel.arg_names if name in constants}
 
 
 def start_kernel(kernel, grid: tuple[int, ...], args, constants: dict, config: LaunchConfig) -> None:
     """The one place that launches; the compile gate records here what would be launched."""
-    kernel[grid](*args, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+    kernel[grid](*args, **constants, **config.options())
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -168,20 +198,28 @@ def attention_backward(
     delta = torch.empty_like(lse)
     samples = (text_len, text_prefix, image_is_target)
     launch.run(
-        "query_gradient", query_gradient_kernel, launch.text_tiles + launch.image_tiles,
-        q, k, v, out, grad, lse, delta, dq, *samples, *_strides(q, k, v, out, grad, dq), *launch.sizes, SCALE=scale,
+        "closed_gradient" if launch.closed else "query_gradient", query_gradient_kernel,
+        launch.text_tiles + launch.image_tiles,
+        q, k, v, out, grad, lse, delta, dq, dk, dv, *samples, *_strides(q, k, v, out, grad, dq, dk, dv), *launch.sizes,
+        CLOSED=launch.closed, SCALE=scale,
     )  # fmt: skip
-    chunks = -(-launch.view.num_slots // CHUNK_SLOTS)
-    text_shape = (chunks, *q.shape[:2], launch.text_slots, q.shape[-1])
-    text_parts = [lse.new_empty(text_shape) for _ in range(2)]
-    launch.run(
-        "key_gradient", key_gradient_kernel, launch.text_tiles * chunks + launch.image_tiles,
-        q, k, v, grad, lse, delta, dk, dv, *text_parts, *samples,
-        *_strides(q, k, v, grad, dk, dv), *launch.sizes, chunks, CHUNK_SLOTS, SCALE=scale,
-    )  # fmt: skip
-    for whole, parts in zip((dk, dv), text_parts):
-        if launch.text_slots:
-            whole[:, :, : launch.text_slots] = parts.sum(0)
+    keys = (q, k, v, grad, lse, delta, dk, dv)
+    strides = (*_strides(q, k, v, grad, dk, dv), *q.shape[1:3], launch.text_slots)
+    if not launch.closed:
+        launch.run(
+            "image_key_gradient", image_key_gradient_kernel, launch.image_tiles, *keys, *samples, *strides, SCALE=scale
+        )
+    if launch.text_slots:
+        chunks = -(-launch.view.num_slots // CHUNK_SLOTS)
+        text_shape = (chunks, *q.shape[:2], launch.text_slots, q.shape[-1])
+        parts = [lse.new_empty(text_shape) for _ in range(2)] if chunks > 1 else [dk, dv]
+        launch.run(
+            "text_key_gradient", text_key_gradient_kernel, launch.text_tiles * chunks,
+            *keys, *parts, *samples[:2], *strides, CHUNKS=chunks, CHUNK_SLOTS=CHUNK_SLOTS, SCALE=scale,
+        )  # fmt: skip
+        if chunks > 1:
+            for whole, part in zip((dk, dv), parts):
+                whole[:, :, : launch.text_slots] = part.sum(0)
     return dq, dk, dv
 
 

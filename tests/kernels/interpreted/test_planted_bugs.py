@@ -6,30 +6,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.attention import triton_backward, triton_forward, triton_op
+from kernels.attention import triton_forward, triton_key_gradient, triton_op, triton_query_gradient
 from tests.kernels.cases import assert_matches_reference, qkv, sample_tensors
 from tests.kernels.interpreted.kernel_calls import run
 
 BUGS = {
-    "image causality off by one": (triton_forward, "(key[None, :] <= slot[:, None]))\n", "(key[None, :] < slot[:, None]))\n"),
+    "image causality off by one": (triton_forward, "(key[None, :] <= last[:, None])", "(key[None, :] < last[:, None])"),
     "text causality off by one": (triton_forward, "& (key[None, :] <= slot[:, None])\n", "& (key[None, :] < slot[:, None])\n"),
-    "text range ends at the tile": (triton_forward, "tl.maximum(prefix, tl.minimum(", "tl.minimum(prefix, tl.minimum("),
+    "source text unread": (triton_forward, "tl.where(any_valid, prefix, 0)", "tl.where(any_valid, 0, 0)"),
     "image range one chunk short": (triton_forward, "range(0, count, BLOCK_N)", "range(0, count - BLOCK_N, BLOCK_N)"),
+    "tail of a range unread": (triton_forward, "if whole < count:", "if count < whole:"),
     "missing rescale": (triton_forward, "acc * rescale[:, None] + dot", "acc + dot"),
-    "padding row not zero": (triton_forward, "seen = valid[:, None] & (index", "seen = (index"),
-    "delta forgotten": (triton_backward, " - delta[None, :])", ")"),
-    "transposed causality off by one": (triton_backward, "slot[:, None] <= query[None, :]))", "slot[:, None] < query[None, :]))"),
-    "target text reads all text": (triton_backward, "| (slot < prefix)[:, None] | past", "| (slot < length)[:, None] | past"),
-    "text keys without image queries": (triton_backward, "tl.where(holds_source,", "tl.where(is_text == 0,"),
-    "key gradient unscaled": (triton_backward, "dk *= SCALE", "dk *= 1"),
-    "query gradient one chunk short": (triton_backward, "range(0, count, BLOCK_N)", "range(0, count - BLOCK_N, BLOCK_N)"),
+    "padding row not zero": (triton_forward, "(running_sum == 0) | (valid == 0)", "running_sum == 0"),
+    "delta forgotten": (triton_key_gradient, " - delta[None, :])", ")"),
+    "transposed causality off by one": (triton_key_gradient, "query[None, :] >= earliest[:, None]", "query[None, :] > earliest[:, None]"),
+    "target text reads all text": (triton_key_gradient, "is_source | (slot[:, None] <= query[None, :])", "is_source | (slot[:, None] < length)"),
+    "text keys without image queries": (triton_key_gradient, "tl.where(holds_source, tl", "tl.where(holds_source == 0, tl"),
+    "query gradient one chunk short": (triton_query_gradient, "range(0, count, BLOCK_N)", "range(0, count - BLOCK_N, BLOCK_N)"),
+    "closed tile reads what follows": (triton_query_gradient, "(slot[None, :] <= last[:, None])", "(slot[None, :] <= slots)"),
+    "closed tile without text queries": (triton_query_gradient, "tl.where(causal, 0, length)", "tl.where(causal, 0, 0)"),
+    "closed tile's keys unscaled": (triton_query_gradient, "exists, dk * SCALE", "exists, dk"),
 }  # fmt: skip
 
 
 def compare() -> None:
+    """A pattern whose tiles are closed and one whose tiles are not."""
     batch = [(70, 70, 1), (68, 20, 0)]
     inputs = qkv(len(batch), 1, 70 + 63, 16)
-    assert_matches_reference(run, inputs, torch.float64, 1e-12, grid=(7, 9), pattern="conv", **sample_tensors(batch))
+    for pattern in ("conv", "row"):
+        call = dict(grid=(7, 9), pattern=pattern, conv_size=5, **sample_tensors(batch))
+        assert_matches_reference(run, inputs, torch.float64, 1e-12, **call)
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -42,7 +48,7 @@ def test_planted_bug_is_caught(bug, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("broken", path)
     broken = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(broken)
-    for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
+    for name in ("forward_kernel", "query_gradient_kernel", "text_key_gradient_kernel", "image_key_gradient_kernel"):
         if hasattr(broken, name):
             monkeypatch.setattr(triton_op, name, getattr(broken, name))
     with pytest.raises(AssertionError, match="error"):
