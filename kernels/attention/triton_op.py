@@ -45,7 +45,7 @@ HOPPER = {
     "forward": LaunchConfig(4, 3, BLOCK, 128),
     "query_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
     "closed_gradient": LaunchConfig(4, 2, BLOCK // 2, 168),
-    "text_key_gradient": LaunchConfig(4, 2, BLOCK // 2, 128),
+    "text_key_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
     "image_key_gradient": LaunchConfig(4, 2, BLOCK // 2),
 }
 

@@ -32,9 +32,9 @@ BUGS = {
 def compare() -> None:
     """A pattern whose tiles are closed and one whose tiles are not."""
     batch = [(70, 70, 1), (68, 20, 0)]
-    inputs = qkv(len(batch), 1, 70 + 63, 16)
-    for pattern in ("conv", "row"):
-        call = dict(grid=(7, 9), pattern=pattern, conv_size=5, **sample_tensors(batch))
+    for pattern, grid in (("conv", (7, 9)), ("row", (7, 8))):
+        inputs = qkv(len(batch), 1, 70 + grid[0] * grid[1], 16)
+        call = dict(grid=grid, pattern=pattern, conv_size=5, **sample_tensors(batch))
         assert_matches_reference(run, inputs, torch.float64, 1e-12, **call)
 
 
