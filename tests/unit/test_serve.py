@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.export_support import write_export
+from tests.model_support import tiny_config
 from tests.serve_support import ANSWERS, CAPTIONS, IMAGES, occupied, running_server, until
 from vilg.errors import UserError
 from vilg.inference.generate import draw_images
@@ -107,8 +108,9 @@ def test_half_drawn_pictures_hold_the_rows_drawn_so_far(running, folder):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_progress_is_that_of_the_kernels_and_work_stops_in_its_midst(folder):
-    bundle = load_model(folder, device="cuda")
+def test_on_a_gpu_progress_is_that_of_the_kernels_and_work_stops_in_its_midst(tmp_path):
+    wide = tiny_config(hidden_size=64, num_heads=2)  # the kernels take heads of 32 channels
+    bundle = load_model(write_export(tmp_path, config=wide), device="cuda")
     request = ImagesRequest(prompt="a cat", n=4, stream=True, partial_images=1, seed=1)
     job = FakeJob()
     assert len(plan_images(bundle, request, Limits())(job)["data"]) == 4
