@@ -96,8 +96,8 @@ def _nan_on_one_rank(patch, rank: int) -> None:
 
     original = module.micro_batch_loss
 
-    def spoiled(forward, batch, plan, seeds, grid):
-        loss, sums = original(forward, batch, plan, seeds, grid)
+    def spoiled(forward, batch, plan, *further):
+        loss, sums = original(forward, batch, plan, *further)
         return (loss * math.nan if plan.step == 2 and rank == 1 else loss), sums
 
     patch.setattr(module, "micro_batch_loss", spoiled)
