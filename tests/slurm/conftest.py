@@ -84,13 +84,14 @@ class Submit:
         self.cluster, self.data = cluster, data
 
     def attempt(
-        self, run_dir: Path, *options: str, env: dict[str, str] | None = None, nodes: str = "2", **changes
-    ) -> subprocess.CompletedProcess:
+        self, run_dir: Path, *options: str, recipe: Path = DEBUG_RECIPE, env: dict[str, str] | None = None,
+        nodes: str = "2", **changes,
+    ) -> subprocess.CompletedProcess:  # fmt: skip
         """Run the command; options behind -- go to sbatch, changes are overrides of the recipe with __ for the dot."""
         cut = options.index("--") if "--" in options else len(options)
         overrides = {"run_dir": run_dir, **self.data, **SHORT}
         overrides |= {key.replace("__", ".") if key != "run_dir" else key: value for key, value in changes.items()}
-        command = [sys.executable, "-m", "vilg", "submit", str(DEBUG_RECIPE), "--nodes", nodes, "--gpus-per-node", "0"]
+        command = [sys.executable, "-m", "vilg", "submit", str(recipe), "--nodes", nodes, "--gpus-per-node", "0"]
         command += ["--tasks-per-node", "2", *options[:cut], *(f"--{key}={value}" for key, value in overrides.items())]
         environment = {**self.cluster.environment, **job_environment(), **(env or {})}
         return subprocess.run(

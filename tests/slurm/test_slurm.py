@@ -79,6 +79,27 @@ def test_a_submitted_recipe_trains_to_the_end_on_two_nodes(unbroken):
     assert report["bad_nodes"] == [] and all(row["status"] != "bad" for row in report["rows"])
 
 
+@pytest.mark.slow
+def test_the_demos_recipe_trains_to_the_end_on_two_nodes_and_draws_its_sheets(submit, tmp_path):
+    """As the demo has it, but for the data's codes and the sizes that four processes can share."""
+    recipe = ROOT / "launch" / "recipes" / "demo-fast" / "train.yaml"
+    codes = {"tokens__image_vocab_size": 512, "tokens__text_slots": 32, "batch__global_size": 64}
+    job = submit(tmp_path / "run", "--no-preflight", recipe=recipe, schedule__steps=40, checkpoint__every_steps=20, **codes)
+    finished(job, restarts=0)
+    losses = read_losses(job.run_dir)
+    assert len(losses) == 40 and losses[-1] < losses[0]
+    assert (job.run_dir / "samples" / "step_00000040.png").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_ranks_can_see_is_not_tried_again(submit, tmp_path):
+    prompts = {"samples__every_steps": 10, "samples__prompts": f"[{'a red horse ' * 30}]"}
+    job = submit(tmp_path / "run", "--no-preflight", **prompts)
+    facts = job.wait()
+    assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0", job.text()
+    assert "samples.prompts" in job.text() and "requeued" not in job.text()
+
+
 def test_batch_jobs_that_wait_for_each_other_export_a_run_draw_write_and_serve(cluster, unbroken, tmp_path):
     def batch(script: str, *arguments: object, after: str = "") -> str:
         options = ["--parsable", f"--output={tmp_path}/%j.out", *([f"--dependency=afterok:{after}"] if after else [])]
