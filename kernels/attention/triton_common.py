@@ -101,6 +101,22 @@ def joined(
 
 
 @triton.jit
+def box_chunk(
+    start, count, row, col, row_start, col_start, width, text_slots, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+):  # fmt: skip
+    """Slots number `start` to `start` + N of a box of `count`: slot of the whole sequence [N], is it of the box [N], is it
+    joined with each slot (row, col) of a tile [M, N]."""
+    index = start + tl.arange(0, BLOCK_N)
+    box_row, box_col = box_slots(
+        index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
+    )
+    near = joined(row[:, None], col[:, None], box_row[None, :], box_col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS)
+    return text_slots + box_row * COLS + box_col, index < count, near
+
+
+@triton.jit
 def load_rows(BASE, slot, row_stride, exists, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[slots, BLOCK_D] of one head; rows that do not exist and channels beyond D are zero. `exists` None: all do.
 

@@ -83,8 +83,10 @@ def decode_kernel(
         key_row = row_start[:, None] + index_row
         key_col = col_start[:, None] + index[None, :] - index_row * width[:, None]
         key = key_row * COLS + key_col
-        near = joined(row[:, None], col[:, None], key_row, key_col, ROWS, COLS, REACH_ROWS, REACH_COLS)
-        seen = (index[None, :] < count[:, None]) & (key <= slot[:, None]) & near
+        seen = index[None, :] < count[:, None]
+        if REACH_ROWS != 0:  # else the box is the slots seen, no more
+            near = joined(row[:, None], col[:, None], key_row, key_col, ROWS, COLS, REACH_ROWS, REACH_COLS)
+            seen = seen & near & (key <= slot[:, None])
         entry = (key % CAPACITY).to(tl.int64)[:, :, None]
         readable = seen[:, :, None] & (channel < D)[None, None, :]
         base = sequence[:, None, None]
@@ -127,8 +129,9 @@ def decode(
         heads, group, text_slots,
     )  # fmt: skip
     launch_grid = (samples * heads, triton.cdiv(group, candidates))
-    # wide fp32 heads spill with four warps
-    config = triton_op.LaunchConfig(8 if q.element_size() * block_d >= 512 else 4, 2)
+    # wide fp32 heads spill with four warps, and where ptxas takes all it likes for the addresses
+    wide = q.element_size() * block_d >= 512
+    config = triton_op.LaunchConfig(8, 2, registers=128) if wide else triton_op.LaunchConfig(4, 2)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         triton_op.start_kernel(decode_kernel, launch_grid, args, constants, config)
     return out

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_common import (
-    box_slots, dot, image_box, image_tile, joined, load_rows, narrow, sample_info, store_rows,
+    box_chunk, dot, image_box, image_tile, load_rows, narrow, sample_info, store_rows,
 )  # fmt: skip
 
 
@@ -39,24 +39,36 @@ def attend(
 
 @triton.jit
 def attend_range(
-    acc, running_max, running_sum, q, K, V, k_s, v_s, first, count,
+    acc, running_max, running_sum, q, K, V, k_s, v_s, first, num_keys, SPLIT: tl.constexpr,
     QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`attend` to the `count` slots from `first` on, which every query of the tile sees: whole chunks need no mask."""
-    whole = count // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        key = first + start + tl.arange(0, BLOCK_N)
-        acc, running_max, running_sum = attend(
-            acc, running_max, running_sum, q, K, V, k_s, v_s, key, None, None, QK_SCALE, D, BLOCK_D, ACC, WIDEN
-        )
-    if whole < count:
-        key = first + whole + tl.arange(0, BLOCK_N)
-        inside = key < first + count
-        acc, running_max, running_sum = attend(
-            acc, running_max, running_sum, q, K, V, k_s, v_s, key, inside, inside[None, :],
-            QK_SCALE, D, BLOCK_D, ACC, WIDEN,
-        )  # fmt: skip
+    """`attend` to the `num_keys` slots from `first` on, which every query of the tile sees.
+
+    SPLIT: whole chunks take no mask, but what is left needs a copy of the loop's body, and that registers.
+    """
+    if SPLIT:
+        whole = num_keys // BLOCK_N * BLOCK_N
+        for start in range(0, whole, BLOCK_N):
+            key = first + start + tl.arange(0, BLOCK_N)
+            acc, running_max, running_sum = attend(
+                acc, running_max, running_sum, q, K, V, k_s, v_s, key, None, None, QK_SCALE, D, BLOCK_D, ACC, WIDEN
+            )
+        if whole < num_keys:
+            key = first + whole + tl.arange(0, BLOCK_N)
+            inside = key < first + num_keys
+            acc, running_max, running_sum = attend(
+                acc, running_max, running_sum, q, K, V, k_s, v_s, key, inside, inside[None, :],
+                QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+            )  # fmt: skip
+    else:
+        for start in range(0, num_keys, BLOCK_N):
+            key = first + start + tl.arange(0, BLOCK_N)
+            inside = key < first + num_keys
+            acc, running_max, running_sum = attend(
+                acc, running_max, running_sum, q, K, V, k_s, v_s, key, inside, inside[None, :],
+                QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+            )  # fmt: skip
     return acc, running_max, running_sum
 
 
@@ -64,7 +76,7 @@ def attend_range(
 def forward_kernel(
     Q, K, V, OUT, LSE, TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, heads, slots, text_slots, text_tiles,
-    QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +101,7 @@ def forward_kernel(
         q = load_rows(Q, slot, q_s, valid, D, BLOCK_D)
         any_valid = tile * M < length
         acc, running_max, running_sum = attend_range(
-            acc, running_max, running_sum, q, K, V, k_s, v_s, 0, tl.where(any_valid, prefix, 0),
+            acc, running_max, running_sum, q, K, V, k_s, v_s, 0, tl.where(any_valid, prefix, 0), SPLIT,
             QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN,
         )  # fmt: skip
         for start in range(prefix, tl.minimum(tile * M + M, length), BLOCK_N):
@@ -101,7 +113,7 @@ def forward_kernel(
             )  # fmt: skip
         acc, running_max, running_sum = attend_range(
             acc, running_max, running_sum, q, K, V, k_s, v_s, text_slots,
-            tl.where(any_valid & (causal == 0), ROWS * COLS, 0), QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN,
+            tl.where(any_valid & (causal == 0), ROWS * COLS, 0), SPLIT, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN,
         )  # fmt: skip
     else:
         first_row, first_col, row, col, slot, exists = image_tile(
@@ -110,24 +122,20 @@ def forward_kernel(
         valid = exists
         q = load_rows(Q, slot, q_s, valid, D, BLOCK_D)
         acc, running_max, running_sum = attend_range(
-            acc, running_max, running_sum, q, K, V, k_s, v_s, 0, prefix, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN
+            acc, running_max, running_sum, q, K, V, k_s, v_s, 0, prefix, SPLIT, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN
         )
         row_start, col_start, width, count = image_box(
             first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False
         )
         last = tl.where(causal, slot, slots)  # the last slot each query may see
         for start in range(0, count, BLOCK_N):
-            index = start + tl.arange(0, BLOCK_N)
-            key_row, key_col = box_slots(
-                index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
-            )
-            key = text_slots + key_row * COLS + key_col
-            seen = joined(
-                row[:, None], col[:, None], key_row[None, :], key_col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS
-            )
-            seen = seen & (index < count)[None, :] & (key[None, :] <= last[:, None])
+            key, inside, near = box_chunk(
+                start, count, row, col, row_start, col_start, width, text_slots, BLOCK_N,
+                ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS,
+            )  # fmt: skip
+            seen = near & inside[None, :] & (key[None, :] <= last[:, None])
             acc, running_max, running_sum = attend(
-                acc, running_max, running_sum, q, K, V, k_s, v_s, key, index < count, seen,
+                acc, running_max, running_sum, q, K, V, k_s, v_s, key, inside, seen,
                 QK_SCALE, D, BLOCK_D, ACC, WIDEN,
             )  # fmt: skip
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_common import (
-    box_slots, dot, image_box, image_tile, joined, load_rows, narrow, sample_info, store_rows,
+    box_chunk, dot, image_box, image_tile, load_rows, narrow, sample_info, store_rows,
 )  # fmt: skip
 
 
@@ -137,18 +137,13 @@ def image_key_gradient_kernel(
     )
     earliest = tl.where(causal, slot, 0)  # the first slot that may read each key
     for start in range(0, count, BLOCK_N):
-        index = start + tl.arange(0, BLOCK_N)
-        query_row, query_col = box_slots(
-            index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
-        )
-        query = text_slots + query_row * COLS + query_col
-        seen = joined(
-            row[:, None], col[:, None], query_row[None, :], query_col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS
-        )
-        seen = seen & (query[None, :] >= earliest[:, None])
-        dk, dv = add_queries(
-            dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, index < count, seen,
-            QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+        query, inside, near = box_chunk(
+            start, count, row, col, row_start, col_start, width, text_slots, BLOCK_N,
+            ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS,
         )  # fmt: skip
+        seen = near & (query[None, :] >= earliest[:, None])
+        dk, dv = add_queries(
+            dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, inside, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN
+        )
     store_rows(DK + sample * dk_b + head * dk_h, slot, dk_s, exists, dk * SCALE, D, BLOCK_D, WIDEN)
     store_rows(DV + sample * dv_b + head * dv_h, slot, dv_s, exists, dv, D, BLOCK_D, WIDEN)

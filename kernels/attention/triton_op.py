@@ -41,7 +41,8 @@ class LaunchConfig:
         return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
-HOPPER = {
+KEY_GRADIENTS = ("text_key_gradient", "image_key_gradient")
+HOPPER = {  # 16 bits, 64 channels: the fastest of those tried on an H200 (README)
     "forward": LaunchConfig(4, 3, BLOCK, 128),
     "query_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
     "closed_gradient": LaunchConfig(4, 2, BLOCK // 2, 168),
@@ -52,22 +53,29 @@ HOPPER = {
 
 def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> LaunchConfig:
     """Warps, pipeline stages and register limit of `forward`, `query_gradient`, `closed_gradient` (a query gradient that
-    also gives dK and dV), `text_key_gradient` and `image_key_gradient`; checked by the compile gate, and the settings of
-    capability 90 for bf16 and 64 channels chosen by time on an H200 (README).
+    also gives dK and dV), `text_key_gradient` and `image_key_gradient`; the compile gate checks that none spills.
 
     `capability`: 80 (also for later devices below 90) or 90. Four warps run a 64 x 64 tile as one warp group of
     Hopper's; the gradients of Ampere spill registers with four.
     """
-    keys = kernel in ("text_key_gradient", "image_key_gradient")
     if itemsize == 4:
         return LaunchConfig(8, 1, BLOCK // 4)
     if capability >= 90 and block_d == 64:
         return HOPPER[kernel]
-    # the key gradient has two accumulators, and ptxas grants few registers to narrow heads: both spill in steps of 64
-    chunk = BLOCK // 2 if keys or block_d <= 32 else BLOCK
+    # kernels with two more accumulators, and narrow heads, to which ptxas grants few registers, spill in steps of 64
+    chunk = BLOCK // 2 if kernel in (*KEY_GRADIENTS, "closed_gradient") or block_d <= 32 else BLOCK
+    if kernel == "query_gradient" and block_d <= 32 and capability < 90:
+        return LaunchConfig(8, 1, chunk)
     if block_d >= 128 or (kernel != "forward" and capability < 90):
         return LaunchConfig(8, 2, chunk)
     return LaunchConfig(4, 2, chunk)
+
+
+def has_room(channels: int, itemsize: int, capability: int) -> bool:
+    """Are there registers for closed tiles and for the split of a range into whole chunks and a rest?"""
+    if itemsize == 4:
+        return channels <= 32
+    return capability >= 90 or channels <= 64
 
 
 def tile_size(dtype: torch.dtype, channels: int) -> int:
@@ -116,9 +124,9 @@ def _statistics(q: Tensor) -> Tensor:
 
 
 def device_capability(device: torch.device) -> int:
-    """80, 90, ...; 80 for the CPU, where the interpreter runs."""
+    """80, 90, ...; 90 for the CPU, where the interpreter runs: the kernels in their fullest form."""
     if device.type != "cuda":
-        return 80
+        return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -139,10 +147,12 @@ class _Launch:
         if max(x.stride(2) for x in tensors) * q.shape[2] >= 2**31:
             raise ValueError(f"a head's {q.shape[2]} slots span 2**31 elements or more; pass smaller strides")
         self.constants = kernel_constants(q.shape[-1], scale, self.view, q.dtype)
-        self.closed = tile.closed(self.view)
+        self.capability = device_capability(q.device)
+        roomy = has_room(q.shape[-1], self.itemsize, self.capability)
+        self.closed = roomy and tile.closed(self.view)
+        self.constants["SPLIT"] = roomy
         self.sizes = (q.shape[1], q.shape[2], self.text_slots, self.text_tiles)
         self.device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
-        self.capability = device_capability(q.device)
 
     def run(self, name: str, kernel, tiles: int, *args, **constants) -> None:
         config = launch_config(name, self.constants["BLOCK_D"], self.itemsize, self.capability)

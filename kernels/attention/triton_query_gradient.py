@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_common import (
-    box_slots, dot, image_box, image_tile, joined, load_rows, narrow, sample_info, store_rows,
+    box_chunk, dot, image_box, image_tile, joined, load_rows, narrow, sample_info, store_rows,
 )  # fmt: skip
 from kernels.attention.triton_key_gradient import add_key_gradients
 
@@ -34,23 +34,34 @@ def add_query_gradient(
 
 @triton.jit
 def add_range(
-    acc, q, grad, lse, delta, K, V, k_s, v_s, first, count,
+    acc, q, grad, lse, delta, K, V, k_s, v_s, first, num_keys, SPLIT: tl.constexpr,
     QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`add_query_gradient` of the `count` slots from `first` on, which every query of the tile sees."""
-    whole = count // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        key = first + start + tl.arange(0, BLOCK_N)
-        acc = add_query_gradient(
-            acc, q, grad, lse, delta, K, V, k_s, v_s, key, None, None, QK_SCALE, D, BLOCK_D, ACC, WIDEN
-        )
-    if whole < count:
-        key = first + whole + tl.arange(0, BLOCK_N)
-        inside = key < first + count
-        acc = add_query_gradient(
-            acc, q, grad, lse, delta, K, V, k_s, v_s, key, inside, inside[None, :], QK_SCALE, D, BLOCK_D, ACC, WIDEN
-        )
+    """`add_query_gradient` of the `num_keys` slots from `first` on, which every query of the tile sees; SPLIT as in
+    `triton_forward.attend_range`."""
+    if SPLIT:
+        whole = num_keys // BLOCK_N * BLOCK_N
+        for start in range(0, whole, BLOCK_N):
+            key = first + start + tl.arange(0, BLOCK_N)
+            acc = add_query_gradient(
+                acc, q, grad, lse, delta, K, V, k_s, v_s, key, None, None, QK_SCALE, D, BLOCK_D, ACC, WIDEN
+            )
+        if whole < num_keys:
+            key = first + whole + tl.arange(0, BLOCK_N)
+            inside = key < first + num_keys
+            acc = add_query_gradient(
+                acc, q, grad, lse, delta, K, V, k_s, v_s, key, inside, inside[None, :],
+                QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+            )  # fmt: skip
+    else:
+        for start in range(0, num_keys, BLOCK_N):
+            key = first + start + tl.arange(0, BLOCK_N)
+            inside = key < first + num_keys
+            acc = add_query_gradient(
+                acc, q, grad, lse, delta, K, V, k_s, v_s, key, inside, inside[None, :],
+                QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+            )  # fmt: skip
     return acc
 
 
@@ -59,7 +70,7 @@ def query_gradient_kernel(
     Q, K, V, OUT, GRAD, LSE, DELTA, DQ, DK, DV, TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, g_b, g_h, g_s,
     dq_b, dq_h, dq_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, heads, slots, text_slots, text_tiles,
-    CLOSED: tl.constexpr,
+    CLOSED: tl.constexpr, SPLIT: tl.constexpr,
     SCALE: tl.constexpr, QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
@@ -91,7 +102,7 @@ def query_gradient_kernel(
         tl.store(DELTA + slot, delta, mask=exists)
         any_valid = tile * M < length
         acc = add_range(
-            acc, q, grad, lse, delta, K, V, k_s, v_s, 0, tl.where(any_valid, prefix, 0),
+            acc, q, grad, lse, delta, K, V, k_s, v_s, 0, tl.where(any_valid, prefix, 0), SPLIT,
             QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN,
         )  # fmt: skip
         for start in range(prefix, tl.minimum(tile * M + M, length), BLOCK_N):
@@ -102,7 +113,7 @@ def query_gradient_kernel(
             )  # fmt: skip
         acc = add_range(
             acc, q, grad, lse, delta, K, V, k_s, v_s, text_slots,
-            tl.where(any_valid & (causal == 0), ROWS * COLS, 0), QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN,
+            tl.where(any_valid & (causal == 0), ROWS * COLS, 0), SPLIT, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN,
         )  # fmt: skip
         store_rows(DQ, slot, dq_s, exists, acc * SCALE, D, BLOCK_D, WIDEN)
     else:
@@ -116,7 +127,7 @@ def query_gradient_kernel(
         delta = tl.sum(grad.to(ACC) * out.to(ACC), 1)
         tl.store(DELTA + slot, delta, mask=exists)
         acc = add_range(
-            acc, q, grad, lse, delta, K, V, k_s, v_s, 0, prefix, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN
+            acc, q, grad, lse, delta, K, V, k_s, v_s, 0, prefix, SPLIT, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN
         )
         last = tl.where(causal, slot, slots)  # the last slot each query may see
         if CLOSED:
@@ -149,17 +160,12 @@ def query_gradient_kernel(
                 first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False
             )
             for start in range(0, count, BLOCK_N):
-                index = start + tl.arange(0, BLOCK_N)
-                key_row, key_col = box_slots(
-                    index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
-                )
-                key = text_slots + key_row * COLS + key_col
-                seen = joined(
-                    row[:, None], col[:, None], key_row[None, :], key_col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS
-                )
-                seen = seen & (index < count)[None, :] & (key[None, :] <= last[:, None])
-                acc = add_query_gradient(
-                    acc, q, grad, lse, delta, K, V, k_s, v_s, key, index < count, seen,
-                    QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+                key, inside, near = box_chunk(
+                    start, count, row, col, row_start, col_start, width, text_slots, BLOCK_N,
+                    ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS,
                 )  # fmt: skip
+                seen = near & inside[None, :] & (key[None, :] <= last[:, None])
+                acc = add_query_gradient(
+                    acc, q, grad, lse, delta, K, V, k_s, v_s, key, inside, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN
+                )
             store_rows(DQ, slot, dq_s, exists, acc * SCALE, D, BLOCK_D, WIDEN)

@@ -116,6 +116,20 @@ def test_weights_ramp_and_the_discriminator_waits_for_its_step(tmp_path):
     assert [f["discriminator_grad_norm"] > 0 for f in figures] == [False, False, True]
 
 
+def test_a_penalised_step_logs_loss_and_penalty_apart_and_is_clipped_as_the_steps_it_stands_for(tmp_path):
+    r1 = {"adversarial.start_step": 1, "adversarial.r1_every": 2, "adversarial.r1_weight": 10.0}
+    plain = trainer_of(tmp_path, r1 | {"adversarial.r1_weight": 0.0})
+    without = [plain.step(step).figures for step in (1, 2)]
+    trainer = trainer_of(tmp_path, r1)
+    judge = trainer.engine.reconstruction.judge
+    first = trainer.step(1).figures
+    assert first["r1_penalty"] == 0 and judge.trained.grad_clip == judge.config.adversarial.grad_clip
+    second = trainer.step(2).figures
+    assert second["r1_penalty"] > 0 and judge.trained.grad_clip == 2 * judge.config.adversarial.grad_clip
+    assert second["discriminator_loss"] == pytest.approx(without[1]["discriminator_loss"], rel=1e-6)
+    assert second["discriminator_grad_norm"] != without[1]["discriminator_grad_norm"]
+
+
 def test_a_step_that_is_not_finite_changes_neither_model_nor_reconstructor_nor_discriminator(tmp_path):
     trainer = trainer_of(tmp_path, {"adversarial.start_step": 1})
     trainer.step(1)

@@ -45,7 +45,9 @@ class AdversarialConfig(Section):
         True, description="Scale its gradient to the norm of the pixel losses' (2012.09841, equation 7)."
     )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate of the discriminator; follows the run's schedule.")
-    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of the discriminator.")
+    grad_clip: float = Field(
+        1.0, gt=0, description="Largest gradient norm of the discriminator; r1_every times that in a step with a penalty."
+    )
     r1_weight: float = Field(
         1.0, ge=0, description="Half of this times the squared gradient at real images (R1, 1801.04406); 0: none."
     )

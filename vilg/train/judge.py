@@ -26,6 +26,7 @@ class Verdict:
     adversarial_loss: Tensor
     adversarial_gradient: Tensor | None
     discriminator_loss: Tensor
+    r1_penalty: Tensor
 
 
 class Judge:
@@ -50,6 +51,8 @@ class Judge:
             since = step - adversary.start_step + 1
             self.adversarial_weight = adversary.weight * ramp(since, adversary.ramp_steps)
             self._penalised = adversary.r1_weight > 0 and step % adversary.r1_every == 0
+            # A penalty that stands for n steps may be as long as n: clipped as one, it would hold nothing back.
+            self.trained.grad_clip = adversary.grad_clip * (adversary.r1_every if self._penalised else 1)
             self.trained.begin()
 
     def __call__(self, pixels: Tensor, images: Tensor, *, share: float) -> Verdict:
@@ -60,25 +63,19 @@ class Judge:
         loss = count * self._distance(pixels, images)
         (gradient,) = torch.autograd.grad(loss, pixels)
         if not self.active:
-            return Verdict(loss.detach(), gradient, none, None, none)
-        judged = count * self._discriminator_loss(pixels.detach(), images)
-        (judged * share).backward()
+            return Verdict(loss.detach(), gradient, none, None, none, none)
+        hinge = count * hinge_loss(self.trained.module(images), self.trained.module(pixels.detach()))
+        penalty = count * r1_penalty(self.trained.module, images) if self._penalised else none
+        adversary = self.config.adversarial
+        ((hinge + adversary.r1_every * adversary.r1_weight / 2 * penalty) * share).backward()
         adversarial = -count * self.trained.module(pixels).mean()
         (adversarial_gradient,) = torch.autograd.grad(adversarial, pixels)
-        return Verdict(loss.detach(), gradient, adversarial.detach(), adversarial_gradient, judged.detach())
+        return Verdict(loss.detach(), gradient, adversarial.detach(), adversarial_gradient, hinge.detach(), penalty.detach())
 
     def _distance(self, pixels: Tensor, images: Tensor) -> Tensor:
         config, error = self.config, pixels - images
         loss = config.l1 * error.abs().mean() + config.mse * error.square().mean()
         return loss if self.perceptual is None else loss + config.perceptual * self.perceptual(pixels, images)
-
-    def _discriminator_loss(self, pixels: Tensor, images: Tensor) -> Tensor:
-        """Hinge loss, and in every `r1_every`-th step the penalty R1."""
-        adversary, discriminator = self.config.adversarial, self.trained.module
-        loss = hinge_loss(discriminator(images), discriminator(pixels))
-        if not self._penalised:
-            return loss
-        return loss + adversary.r1_weight / 2 * adversary.r1_every * r1_penalty(discriminator, images)
 
     def state(self) -> dict[str, Tensor]:
         """As `Beside.state`; empty without a discriminator."""

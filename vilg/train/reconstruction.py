@@ -35,13 +35,15 @@ from vilg.train.branch import attach, watched
 from vilg.train.judge import Judge
 from vilg.train.step import StepPlan
 
-# Of `self.sums`: squared norms of the four gradients, discriminator and adversarial loss, what `attach` was told, how often.
-_GENERATION, _STATES, _PIXELS, _ADVERSARIAL, _DISCRIMINATOR_LOSS, _ADVERSARIAL_LOSS, _UPSTREAM, _TOLD = range(8)
+# Of `self.sums`: squared norms of the four gradients, discriminator's loss and penalty, adversarial loss, what `attach`
+# was told, how often.
+_GENERATION, _STATES, _PIXELS, _ADVERSARIAL, _DISCRIMINATOR_LOSS, _R1, _ADVERSARIAL_LOSS, _UPSTREAM, _TOLD = range(9)
 _NORM_DECAY = 0.9
 _LARGEST_ADAPTIVE = 1e4  # as VQGAN's
 FIGURES = (
     "balance", "adaptive", "generation_gradient", "reconstruction_gradient", "reconstructor_grad_norm",
-    "discriminator_grad_norm", "discriminator_loss", "adversarial_loss", "reconstructor_skipped", "discriminator_skipped",
+    "discriminator_grad_norm", "discriminator_loss", "r1_penalty", "adversarial_loss", "reconstructor_skipped",
+    "discriminator_skipped",
 )  # fmt: skip
 
 
@@ -56,7 +58,7 @@ class Reconstruction:
         self, recipe: Recipe, reconstructor: Reconstructor | None, heads: Heads | None, *, grid: Grid, device: torch.device
     ) -> None:
         self.config, self.base_lr, self.grid, self.device = recipe.model.reconstructor, recipe.optimizer.lr, grid, device
-        self.sums = torch.zeros(8, device=device)
+        self.sums = torch.zeros(9, device=device)
         self.norms = [0.0] * 4  # moving averages of the first four; 0: never seen
         self.trained: Beside | None = None
         self.judge: Judge | None = None
@@ -113,6 +115,7 @@ class Reconstruction:
         if verdict.adversarial_gradient is not None:
             self.sums[_ADVERSARIAL] += verdict.adversarial_gradient.square().sum()
         self.sums[_DISCRIMINATOR_LOSS] += verdict.discriminator_loss
+        self.sums[_R1] += verdict.r1_penalty
         self.sums[_ADVERSARIAL_LOSS] += verdict.adversarial_loss
         value = self._attached(states, verdict.pixel_loss, at_states * self.balance, rows)
         return torch.stack([value, verdict.adversarial_loss])
@@ -165,6 +168,7 @@ class Reconstruction:
             "reconstructor_grad_norm": norm,
             "discriminator_grad_norm": judge_norm,
             "discriminator_loss": sums[_DISCRIMINATOR_LOSS] / images,
+            "r1_penalty": sums[_R1] / images,
             "adversarial_loss": sums[_ADVERSARIAL_LOSS] / images,
             "reconstructor_skipped": float(not done),
             "discriminator_skipped": float(not judged),

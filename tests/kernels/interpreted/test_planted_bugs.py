@@ -15,7 +15,7 @@ BUGS = {
     "text causality off by one": (triton_forward, "& (key[None, :] <= slot[:, None])\n", "& (key[None, :] < slot[:, None])\n"),
     "source text unread": (triton_forward, "tl.where(any_valid, prefix, 0)", "tl.where(any_valid, 0, 0)"),
     "image range one chunk short": (triton_forward, "range(0, count, BLOCK_N)", "range(0, count - BLOCK_N, BLOCK_N)"),
-    "tail of a range unread": (triton_forward, "if whole < count:", "if count < whole:"),
+    "tail of a range unread": (triton_forward, "if whole < num_keys:", "if num_keys < whole:"),
     "missing rescale": (triton_forward, "acc * rescale[:, None] + dot", "acc + dot"),
     "padding row not zero": (triton_forward, "(running_sum == 0) | (valid == 0)", "running_sum == 0"),
     "delta forgotten": (triton_key_gradient, " - delta[None, :])", ")"),

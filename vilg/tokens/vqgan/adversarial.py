@@ -87,7 +87,9 @@ class Adversary:
         config, parameters = self.config, list(self.discriminator.parameters())
         hinge = hinge_loss(self.discriminator(images), self.discriminator(output.detach()))
         loss = hinge
+        limit = config.grad_clip
         if config.r1_weight and (step - config.start_step) % config.r1_every == 0:
+            limit *= config.r1_every  # a penalty that stands for n steps: clipped as one, it would hold nothing back
             loss = loss + config.r1_every * config.r1_weight / 2 * r1_penalty(self.discriminator, images)
         self.optimizer.zero_grad()
         loss.backward()
@@ -95,7 +97,7 @@ class Adversary:
             average_gradients(parameters, self._world_size)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * lr_share
-        if torch.isfinite(nn.utils.clip_grad_norm_(parameters, config.grad_clip)):
+        if torch.isfinite(nn.utils.clip_grad_norm_(parameters, limit)):
             self.optimizer.step()
         return float(hinge.detach())
 
