@@ -158,12 +158,22 @@ def compile_all(patterns, dtypes, channels, capabilities=(80, 90)) -> list[Compi
     ]
 
 
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
 def markdown(rows: list[Compiled]) -> str:
-    """The register table of the README."""
-    head = "| kernel | pattern | tile | dtype | D | sm | Triton | warps | registers | spilled | shared | tensor-core instr. |"
-    lines = [head, "|" + "---|" * 12]
+    """The register table of the README: a line for kernels that differ in their pattern only, with the figures' ranges."""
+    groups: dict[tuple, list[Compiled]] = {}
     for r in rows:
-        cells = (r.kernel, r.pattern, r.tile, r.dtype, r.channels, r.capability, r.triton, r.warps, r.registers, r.spilled, r.shared, r.tensor_core)  # fmt: skip
+        groups.setdefault((r.kernel, r.dtype, r.channels, r.capability, r.triton), []).append(r)
+    head = "| kernel | type | D | sm | Triton | patterns | warps | registers | spilled | shared, bytes | tensor-core instr. |"
+    lines = [head, "|" + "---|" * 11]
+    for key in sorted(groups):
+        group = groups[key]
+        columns = ("warps", "registers", "spilled", "shared", "tensor_core")
+        cells = (*key, len(group), *(_range([getattr(r, column) for r in group]) for column in columns))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

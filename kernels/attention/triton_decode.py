@@ -129,9 +129,8 @@ def decode(
         heads, group, text_slots,
     )  # fmt: skip
     launch_grid = (samples * heads, triton.cdiv(group, candidates))
-    # wide fp32 heads spill with four warps, and where ptxas takes all it likes for the addresses
-    wide = q.element_size() * block_d >= 512
-    config = triton_op.LaunchConfig(8, 2, registers=128) if wide else triton_op.LaunchConfig(4, 2)
+    # fp32 spills with four warps, and wide heads where ptxas takes all it likes for the addresses
+    config = triton_op.LaunchConfig(8, 2, registers=128) if q.element_size() == 4 else triton_op.LaunchConfig(4, 2)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         triton_op.start_kernel(decode_kernel, launch_grid, args, constants, config)
     return out
