@@ -46,7 +46,7 @@ HOPPER = {  # 16 bits, 64 channels: the fastest of those tried on an H200 (READM
     "forward": LaunchConfig(4, 3, BLOCK, 128),
     "query_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
     "closed_gradient": LaunchConfig(4, 2, BLOCK // 2, 168),
-    "text_key_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
+    "text_key_gradient": LaunchConfig(4, 3, BLOCK // 2, 136),  # timed with 128, which spills under Triton 3.6.0
     "image_key_gradient": LaunchConfig(4, 2, BLOCK // 2),
 }
 
