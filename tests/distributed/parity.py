@@ -76,6 +76,10 @@ MODELS = {
         "model.reconstructor.adversarial.layers": 1,
     },
 }
+MODELS["joint quantizer"] = MODELS["end to end"] | {
+    "model.reconstructor.joint_quantizer.lr": 1e-2,
+    "model.reconstructor.joint_quantizer.decay": 0.9,
+}
 FACTOR = 2  # pixels per code of the end-to-end model's image tokenizer
 # What a DeepSpeed file may add to ZeRO; the second needs stage 3 and cuts the weights over two ranks of the data ranks.
 ZERO_EXTRAS = {
@@ -145,11 +149,13 @@ class Outcome:
 
 def micro_batch(step: int, place: int) -> SequenceBatch:
     """Micro-batch number `place` of a step's global batch: of both directions, but the second of four has no text
-    targets and the third no image targets. Every image target has its pixels."""
+    targets and the third no image targets. Every image has its pixels."""
     batch = _micro_batch_of_codes(100 * step + place, place)
     count, side = int(batch.image_is_target.sum()), SPEC.grid[0] * FACTOR
-    pixels = np.random.default_rng([step, place]).integers(0, 256, (count, side, side, 3), np.uint8)
-    return replace(batch, images=torch.from_numpy(pixels) if count else None)
+    draw = np.random.default_rng([step, place])
+    numbers = dict(images=count, source_images=len(batch) - count)
+    pixels = {name: draw.integers(0, 256, (number, side, side, 3), np.uint8) for name, number in numbers.items()}
+    return replace(batch, **{name: torch.from_numpy(found) for name, found in pixels.items() if len(found)})
 
 
 def _micro_batch_of_codes(seed: int, place: int) -> SequenceBatch:

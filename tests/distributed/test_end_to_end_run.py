@@ -1,6 +1,5 @@
 """A run trained end to end, by its commands: stopped and continued, moved to another layout, inspected, exported, drawn from."""
 
-import io
 import json
 
 import numpy as np
@@ -8,41 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.distributed.helpers import run_distributed
-from tests.distributed.resume_support import Job, Layout, branch, latest, train_jobs
-from tests.golden.make import DEBUG_RECIPE, make_data, read_losses
+from tests.distributed.end_to_end_support import TORCH, make_pictures, start
+from tests.distributed.resume_support import Layout, branch, latest
+from tests.golden.make import DEBUG_RECIPE, read_losses
 from vilg.__main__ import main as vilg
 from vilg.checkpoint.reconstructor_file import kept_weights, read_reconstructor_file
-from vilg.data.tokenize import main as tokenize
-from vilg.data.writer import ShardWriter
 from vilg.inference.decode import decode_pictures
 from vilg.inference.load import load_model
-
-TORCH, SECTION = Layout(engine="torch"), "model.reconstructor."
-RECIPE = {
-    "schedule.steps": 6, "schedule.warmup_steps": 2, "checkpoint.every_steps": 3, "checkpoint.keep_last": 9,
-    "logging.tensorboard": "false", "model.num_layers": 2, "model.hidden_size": 32, "data.text_to_image_fraction": 0.7,
-    f"{SECTION}ramp_steps": 4, f"{SECTION}lr": 1e-3, f"{SECTION}ema": 0.5, f"{SECTION}adversarial.weight": 0.5,
-    f"{SECTION}adversarial.start_step": 2, f"{SECTION}adversarial.r1_every": 2, f"{SECTION}adversarial.width": 8,
-    f"{SECTION}adversarial.layers": 2,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def common(session_tmp):
-    """The golden data's tokenizers, and token shards of random pictures with their images."""
-    folder = session_tmp / "end-to-end-data"
-    folder.mkdir()
-    made, draw = make_data(folder), np.random.default_rng(0)
-    with ShardWriter(folder / "raw" / "00000.tar") as shard:
-        for number in range(48):
-            content = io.BytesIO()
-            pixels = np.repeat(np.repeat(draw.integers(0, 256, (4, 4, 3), np.uint8), 8, 0), 8, 1)
-            Image.fromarray(pixels).save(content, "PNG")
-            shard.write(f"{number:06d}", {"png": content.getvalue(), "txt": b"a red horse", "json": b"{}"})
-    arguments = ["--image-model", str(folder / "image"), "--out", str(folder / "pictures"), "--store-images"]
-    assert tokenize([str(folder / "raw"), *arguments, "--processes", "1"]) == 0
-    return {**made, "data.train": str(folder / "pictures"), **RECIPE}
+    return make_pictures(session_tmp / "end-to-end-data")
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +28,6 @@ def unbroken(common, session_tmp):
     overrides = {**common, **TORCH.overrides(), "run_dir": run}
     assert vilg(["train", str(DEBUG_RECIPE), *(f"--{key}={value}" for key, value in overrides.items())]) == 0
     return run
-
-
-def start(layout: Layout, common, run, **how) -> list[str | None]:
-    """Errors of one start of a run, one per rank."""
-    job = Job({**common, **layout.overrides(), "run_dir": run}, **how)
-    return [errors[0] for errors in run_distributed(layout.processes, train_jobs, ([job],), init=False)]
 
 
 def test_a_stopped_run_continues_with_the_same_numbers_in_every_digit(common, unbroken, session_tmp):

@@ -12,7 +12,7 @@ from vilg.data.loader import Loader, TokenDataset
 from vilg.data.manifest import Manifest
 from vilg.data.tokenize import tokenize
 from vilg.errors import UserError
-from vilg.tokens.sequence import SequenceSpec
+from vilg.tokens.sequence import SequenceSpec, all_images, image_codes
 from vilg.tokens.vqgan.images import decode_image, to_float
 
 SPEC = SequenceSpec(text_slots=16, grid=(2, 2), text_vocab_size=300, image_vocab_size=Averages.vocab_size)
@@ -26,9 +26,9 @@ def shards(tmp_path_factory):
     return folder / "out"
 
 
-def batches(folder, *, image_size=None, **choices):
+def batches(folder, *, image_size=None, source_images=False, **choices):
     config = data_config(folder, caption_dropout=0.0, **choices)
-    options = dict(seed=0, global_size=8, micro_size=4, image_size=image_size)
+    options = dict(seed=0, global_size=8, micro_size=4, image_size=image_size, source_images=source_images)
     return next(iter(Loader(TokenDataset.open(folder), Bytes(), SPEC, config, **options)))
 
 
@@ -50,6 +50,16 @@ def test_batches_carry_the_images_of_their_text_to_image_sequences_in_order(shar
         np.testing.assert_array_equal(codes, batch.image_target[drawn])
     (only_text, _) = batches(shards, image_size=8, text_to_image_fraction=0.0)
     assert only_text.images is None
+
+
+@pytest.mark.parametrize("choices", [{"directions": "both"}, {"directions": "alternate"}, {"text_to_image_fraction": 0.0}])
+def test_sequences_that_write_carry_their_images_to_those_who_ask(shards, choices):
+    encoder = Averages()
+    for batch in batches(shards, image_size=8, source_images=True, **choices):
+        codes = encoder.encode(to_float(all_images(batch))).flatten(1)
+        np.testing.assert_array_equal(codes, image_codes(batch))
+    for batch in batches(shards, image_size=8, **choices):
+        assert batch.source_images is None
 
 
 def test_who_wants_no_images_gets_none(shards):

@@ -23,7 +23,7 @@ from vilg.checkpoint.huggingface.files import config_keys, write_files
 from vilg.checkpoint.load import find_checkpoint
 from vilg.checkpoint.probes import TOLERANCE, compute_probes, largest_difference, largest_logit, load_probes
 from vilg.checkpoint.reader import Weights, open_weights
-from vilg.checkpoint.reconstructor_file import kept_weights, read_reconstructor_file
+from vilg.checkpoint.reconstructor_file import kept_weights, read_reconstructor_file, trained_tokenizer
 from vilg.checkpoint.state import RunState
 from vilg.checkpoint.stream import Progress, load_when_used, plan_files, write_weights
 from vilg.checkpoint.tensors import write_failure
@@ -106,11 +106,14 @@ def export(
     try:
         partial.mkdir(parents=True)
         _check_space(partial, size)
-        text = _write_tokenizers(partial, state, text_model, image_model)
+        text, image = _tokenizers(checkpoint, state, text_model, image_model)
+        text.save(partial / TEXT_MODEL_FILE)
+        image.save(partial / IMAGE_TOKENIZER_FOLDER)
+        write_files(partial, text)
         with _bar("writing", size, show_progress) as bar:
             _write_weights(partial, weights, DTYPES[dtype], shard_bytes, bar.update)
-        _write_reconstructor(partial, checkpoint, state)
-        _write_texts(partial, checkpoint, state, dtype, parameters, text_pieces=text.vocab_size)
+        _write_reconstructor(partial, checkpoint, state, image)
+        _write_texts(partial, checkpoint, state, dtype, parameters, text=text, image=image)
         difference = None
         if verify:
             with _bar("verifying", size, show_progress) as bar:
@@ -157,9 +160,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _write_tokenizers(
-    folder: Path, state: RunState, text_model: Path | None, image_model: Path | None
-) -> TextTokenizer:
+def _tokenizers(
+    checkpoint: Path, state: RunState, text_model: Path | None, image_model: Path | None
+) -> tuple[TextTokenizer, ImageTokenizer]:
+    """Those that the run was trained with; the image tokenizer as the checkpoint has it if it was trained too."""
     text = TextTokenizer.load(text_model or Path(state.recipe["tokens"]["text_model"]))
     image = ImageTokenizer.load(image_model or Path(state.recipe["tokens"]["image_model"]))
     for option, now, trained in (
@@ -171,17 +175,19 @@ def _write_tokenizers(
                 f"the tokenizer found has hash {now[:12]}, the run was trained with {trained[:12]}; "
                 f"name that one with {option}"
             )
-    text.save(folder / TEXT_MODEL_FILE)
-    image.save(folder / IMAGE_TOKENIZER_FOLDER)
-    write_files(folder, text)
-    return text
+    if state.recipe["model"].get("reconstructor") is not None:
+        if trained := trained_tokenizer(read_reconstructor_file(checkpoint)):
+            image.load_state_dict(trained)
+            start = {"trained_on_from": state.tokenizers["image"], "steps": state.step}
+            image.origin = {**(image.origin or {}), **start}
+    return text, image
 
 
-def _write_reconstructor(folder: Path, checkpoint: Path, state: RunState) -> None:
+def _write_reconstructor(folder: Path, checkpoint: Path, state: RunState, image: ImageTokenizer) -> None:
     """Mapping and decoder of end-to-end training in fp32: their moving average if the run keeps one."""
     if state.recipe["model"].get("reconstructor") is None:
         return
-    facts = {"step": state.step, "image_tokenizer": state.tokenizers["image"]}
+    facts = {"step": state.step, "image_tokenizer": image.hash}
     save_reconstructor(folder / RECONSTRUCTOR_FOLDER, kept_weights(read_reconstructor_file(checkpoint)), facts)
 
 
@@ -200,8 +206,9 @@ def _write_weights(
 
 
 def _write_texts(
-    folder: Path, checkpoint: Path, state: RunState, dtype: str, parameters: int, *, text_pieces: int
-) -> None:
+    folder: Path, checkpoint: Path, state: RunState, dtype: str, parameters: int, *, text: TextTokenizer,
+    image: ImageTokenizer,
+) -> None:  # fmt: skip
     recipe = state.recipe
     sequence = {key: recipe["tokens"][key] for key in ("text_slots", "grid", "text_vocab_size", "image_vocab_size")}
     config = {
@@ -212,7 +219,7 @@ def _write_texts(
         "model": ModelConfig(**recipe["model"]).model_dump(mode="json"),
         "sequence": sequence,
         "text_tokenizer": {"file": TEXT_MODEL_FILE, "hash": state.tokenizers["text"]},
-        "image_tokenizer": {"folder": IMAGE_TOKENIZER_FOLDER, "hash": state.tokenizers["image"]},
+        "image_tokenizer": {"folder": IMAGE_TOKENIZER_FOLDER, "hash": image.hash},
         "training": {
             "step": state.step,
             "samples": state.samples,
@@ -224,7 +231,7 @@ def _write_texts(
     samples = SamplesConfig(**recipe["samples"])
     sampling = SamplingConfig(guidance=samples.guidance, temperature=samples.temperature, top_k=samples.top_k)
     _write_json(folder / CONFIG_FILE, config)
-    sizes = dict(text_pieces=text_pieces, text_vocab_size=sequence["text_vocab_size"])
+    sizes = dict(text_pieces=text.vocab_size, text_vocab_size=sequence["text_vocab_size"])
     _write_json(folder / GENERATION_FILE, generation_settings(sampling, **sizes))
     (folder / "README.md").write_text(model_card(checkpoint, state, dtype, parameters), encoding="utf-8")
 

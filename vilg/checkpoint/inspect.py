@@ -10,7 +10,7 @@ from pathlib import Path
 from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint, verify_files
 from vilg.checkpoint.probes import PROBE_FILE
 from vilg.checkpoint.reader import open_weights
-from vilg.checkpoint.reconstructor_file import entries, read_reconstructor_file
+from vilg.checkpoint.reconstructor_file import TOKENIZER, entries, read_reconstructor_file
 from vilg.checkpoint.state import STATE_FILE, RunState, read_state
 from vilg.errors import UserError
 
@@ -97,7 +97,7 @@ def _reconstructor(checkpoint: Path, state: RunState) -> dict | None:
     if state.recipe["model"].get("reconstructor") is None:
         return None
     tensors = read_reconstructor_file(checkpoint)
-    sizes = {owner: entries(tensors, owner, "weight") for owner in ("reconstructor", "discriminator")}
+    sizes = {owner: entries(tensors, owner, "weight") for owner in ("reconstructor", "discriminator", TOKENIZER)}
     return {
         **{owner: sum(tensor.numel() for tensor in found.values()) for owner, found in sizes.items()},
         "moving_average": bool(entries(tensors, "reconstructor", "ema")),
@@ -130,6 +130,7 @@ def _lines(report: dict, parameters: bool) -> list[str]:
         lines.append(
             f"  reconstructor: {found['reconstructor']:,} parameters ({average} a moving average), "
             f"discriminator {found['discriminator']:,}"
+            + (f", image tokenizer trained too, {found[TOKENIZER]:,}" if found[TOKENIZER] else "")
         )
     if parameters:
         lines += _table(report["parameters"], report["bytes_per_number"])

@@ -1,7 +1,9 @@
 """The file of a checkpoint that holds what end-to-end training keeps beside the model: the same under every layout.
 
-    OWNER.ENTRY.NAME    owner: reconstructor, discriminator; entry: weight, ema, exp_avg, exp_avg_sq, step; fp32
+    OWNER.ENTRY.NAME    owner: reconstructor, discriminator, image_tokenizer (only where it is trained too);
+                        entry: weight, ema, exp_avg, exp_avg_sq, step; fp32
     OWNER.ema_updates   how often the moving average was updated
+    OWNER.code_uses     of the image tokenizer, [K], moving average of how often each code was used
     norms               fp64 [4], moving averages of the gradient norms that balance the losses
 
 Every rank that needs it has all of it in memory, so one rank writes it and any number of any layout read it.
@@ -16,6 +18,7 @@ from vilg.checkpoint.tensors import save_safetensors
 from vilg.errors import UserError
 
 RECONSTRUCTOR_FILE = "reconstructor.safetensors"
+TOKENIZER = "image_tokenizer"  # the owner whose weights are all of an `ImageTokenizer`, code vectors included
 _VERSION = "1"
 
 
@@ -52,3 +55,8 @@ def entries(tensors: dict[str, Tensor], owner: str, entry: str) -> dict[str, Ten
 def kept_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The reconstructor for use: its moving average if the run keeps one, else its weights."""
     return entries(tensors, "reconstructor", "ema") or entries(tensors, "reconstructor", "weight")
+
+
+def trained_tokenizer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All of an image tokenizer that was trained with the model; empty if it was frozen."""
+    return entries(tensors, TOKENIZER, "weight")

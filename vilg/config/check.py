@@ -344,6 +344,18 @@ def _reconstructor(r: Any, known: Surroundings) -> Iterator[Problem]:
         )
 
 
+def _joint_quantizer(r: Any, known: Surroundings) -> Iterator[Problem]:
+    if r.model.reconstructor is None or r.model.reconstructor.joint_quantizer is None:
+        return
+    stop, steps = r.model.reconstructor.joint_quantizer.stop_step, r.schedule.steps
+    if stop >= steps:
+        yield Problem(
+            "model.reconstructor.joint_quantizer.stop_step",
+            f"model.reconstructor.joint_quantizer.stop_step={stop} freezes nothing within schedule.steps={steps}; use less, "
+            "or 0 to train the image tokenizer to the end",
+        )
+
+
 def _keep_every(r: Any, known: Surroundings) -> Iterator[Problem]:
     keep, every = r.checkpoint.keep_every, r.checkpoint.every_steps
     if keep % every:
@@ -383,6 +395,7 @@ RULES: tuple[Rule, ...] = (
     _loss,
     _samples,
     _reconstructor,
+    _joint_quantizer,
     _keep_every,
     _spikes,
 )

@@ -58,6 +58,23 @@ class AdversarialConfig(Section):
     layers: PositiveInt = Field(3, description="Layers of the discriminator that halve the sides.")
 
 
+class JointQuantizerConfig(Section):
+    """The image tokenizer learns beside the model, whose codes are then those of the batch's images: they move."""
+
+    lr: float = Field(
+        5e-6,
+        gt=0,
+        description="Peak learning rate of the tokenizer's encoder and decoder; follows the run's schedule. By default a "
+        "twentieth of the reconstructor's.",
+    )
+    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of encoder and decoder together.")
+    decay: BelowOne = Field(0.99, description="Share of the code vectors' moving average kept per step.")
+    commitment: float = Field(0.25, ge=0, description="Weight of pulling the encoder's output to its code.")
+    stop_step: int = Field(
+        0, ge=0, description="Last step in which the tokenizer learns; from then on codes stay what they are; 0: never."
+    )
+
+
 class ReconstructorConfig(Section):
     """End-to-end training: pixels from the last layer's hidden states of the image slots (2112.15283, section 3.1.3)."""
 
@@ -76,7 +93,7 @@ class ReconstructorConfig(Section):
     largest_balance: float = Field(10.0, gt=0, description="The most that `balance` enlarges that gradient.")
     lr: float = Field(1e-4, gt=0, description="Peak learning rate of mapping and decoder; follows the run's schedule.")
     betas: tuple[BelowOne, BelowOne] = Field(
-        (0.5, 0.9), description="Adam's decay of the moments, for mapping, decoder and discriminator (taming: 0.5, 0.9)."
+        (0.5, 0.9), description="Adam's decay of the moments, for all that learns beside the model (taming: 0.5, 0.9)."
     )
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm of mapping and decoder together.")
     ema: BelowOne = Field(
@@ -89,6 +106,9 @@ class ReconstructorConfig(Section):
         None, description="File or folder of LPIPS weights (VGG); without: an edge loss at several scales."
     )
     adversarial: AdversarialConfig = AdversarialConfig()
+    joint_quantizer: JointQuantizerConfig | None = Field(
+        None, description="Training of the image tokenizer beside the model; without this section it is frozen."
+    )
 
 
 class ModelConfig(Section):

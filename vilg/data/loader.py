@@ -82,12 +82,14 @@ class Loader:
         quarantine: Path | None = None,
         image_tokenizer_hash: str | None = None,
         image_size: int | None = None,
+        source_images: bool = False,
     ):
         """Sizes count pairs; with `directions: both` a micro-batch holds 2 * micro_size sequences.
 
         state: continue there (from any other layout; global_size may differ too). quarantine: JSONL file to which bad
         samples are appended, one per rank. image_tokenizer_hash: checked against the manifest if given.
-        image_size: side in pixels of the images that text -> image sequences carry; None: no images.
+        image_size: side in pixels of the images that text -> image sequences carry; None: no images. source_images: the
+        other sequences carry theirs too.
         """
         if global_size % (micro_size * data_size):
             raise UserError(
@@ -118,6 +120,7 @@ class Loader:
             data_rank=data_rank,
             data_size=data_size,
             image_size=image_size,
+            source_images=source_images,
         )
         self._builder = PatientBuilder(builder, data_config.read_timeout)
         self.samples_seen = 0

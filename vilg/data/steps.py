@@ -77,7 +77,8 @@ class StepData:
 class StepBuilder:
     """Callable: first global index of a step -> StepData. Picklable; caches refill in the process that calls it.
 
-    image_size: side of the pixels that text -> image sequences carry; None: none. last_sample: when a sample was last
+    image_size: side of the pixels that text -> image sequences carry; None: none. source_images: the others carry theirs
+    too. last_sample: when a sample was last
     asked for (`time.monotonic`), for whoever waits in another thread.
     """
 
@@ -93,6 +94,7 @@ class StepBuilder:
     data_rank: int
     data_size: int
     image_size: int | None = None
+    source_images: bool = False
 
     def __post_init__(self) -> None:
         self._order = self.dataset.order(self.seed)
@@ -148,7 +150,8 @@ class StepBuilder:
             try:
                 sample = self.dataset.sample(number)
                 question, text = self._texts(number, sample, chance[_CAPTION])
-                return Pair(sample.codes, question, text, self._pixels(number, sample) if self._draws(chance) else None)
+                wanted = self.source_images or self._draws(chance)
+                return Pair(sample.codes, question, text, self._pixels(number, sample) if wanted else None)
             except SampleError as error:
                 last = error
                 if attempt == 0:
@@ -216,7 +219,8 @@ class StepBuilder:
         drawn = [text_to_image(self.spec, source, pair.codes, pair.pixels)] if self._draws(chance) else []
         if drawn and self.directions != "both":
             return drawn
-        return [*drawn, answer(self.spec, pair.question, pair.text, pair.codes)]
+        seen = pair.pixels if self.source_images else None
+        return [*drawn, answer(self.spec, pair.question, pair.text, pair.codes, seen)]
 
 
 def _arrays(batch: SequenceBatch) -> dict[str, np.ndarray]:

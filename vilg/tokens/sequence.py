@@ -15,7 +15,7 @@ Shapes: B batch, T text slots, N image slots.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +72,8 @@ class SequenceBatch:
 
     text_input, text_target: int64 [B, T]; image_input, image_target: int64 [B, N]; targets hold `IGNORE` where there
     is no loss. text_len, text_prefix, image_is_target: int32 [B]. images: for end-to-end training, uint8 [b, S, S, 3] of
-    the b sequences whose image is the target, in their order; else None.
+    the b sequences whose image is the target, in their order; else None. source_images: of the others, [B - b, S, S, 3],
+    where the image tokenizer is trained too.
     """
 
     text_input: Tensor
@@ -83,6 +84,7 @@ class SequenceBatch:
     text_prefix: Tensor
     image_is_target: Tensor
     images: Tensor | None = None
+    source_images: Tensor | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the model reads: text_input, image_input, text_len, text_prefix, image_is_target."""
@@ -137,16 +139,19 @@ def image_to_text(spec: SequenceSpec, text: Sequence[int], codes: np.ndarray) ->
     return answer(spec, (), text, codes)
 
 
-def answer(spec: SequenceSpec, question: Sequence[int], text: Sequence[int], codes: np.ndarray) -> Sample:
+def answer(
+    spec: SequenceSpec, question: Sequence[int], text: Sequence[int], codes: np.ndarray, image: np.ndarray | None = None
+) -> Sample:
     """Image and question are source, `text` is target (visual question answering; captioning if no question).
 
+    image: uint8 [S, S, 3], where the image tokenizer is trained too.
     Raises UserError if question + text + 1 exceeds T, or if ids or the shape of the codes do not fit.
     """
     _check_text(spec, question)
     _check_text(spec, text)
     shifted = [*question, BEGIN_OF_TEXT, *text]
     _check_room(spec, len(shifted))
-    return Sample(spec, shifted, len(question), False, _flat_codes(spec, codes))
+    return Sample(spec, shifted, len(question), False, _flat_codes(spec, codes), image)
 
 
 def pad_texts(texts: Sequence[Sequence[int]], *, least: int = 0) -> tuple[Tensor, Tensor]:
@@ -159,7 +164,7 @@ def pad_texts(texts: Sequence[Sequence[int]], *, least: int = 0) -> tuple[Tensor
 
 
 def collate(samples: Sequence[Sample]) -> SequenceBatch:
-    """Lay out samples of any mix of tasks (at least one, of one spec). The batch has `images` if any sample has one.
+    """Lay out samples of any mix of tasks (at least one, of one spec). The batch has images where samples have them.
 
     Raises UserError for codes outside the vocabulary, which would stop a GPU without saying why.
     """
@@ -170,12 +175,36 @@ def collate(samples: Sequence[Sample]) -> SequenceBatch:
     text_input, text_target = _lay_out_text(spec, [sample.text for sample in samples], lengths, prefixes)
     image_input, image_target = _lay_out_images(spec, np.stack([sample.codes for sample in samples]), is_image)
     arrays = (text_input, image_input, text_target, image_target, lengths, prefixes, is_image.astype(np.int32))
-    return SequenceBatch(*map(torch.from_numpy, arrays), images=_images(samples))
+    return SequenceBatch(
+        *map(torch.from_numpy, arrays),
+        images=_images([sample for sample in samples if sample.image_is_target]),
+        source_images=_images([sample for sample in samples if not sample.image_is_target]),
+    )
 
 
 def target_images(batch: SequenceBatch) -> Tensor:
     """`batch.images`, uint8 [0, 1, 1, 3] where a batch without text -> image sequences has none."""
     return batch.images if batch.images is not None else torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
+
+
+def all_images(batch: SequenceBatch) -> Tensor:
+    """Images of all sequences in their order, uint8 [B, S, S, 3], of a batch that has them all."""
+    order = batch.image_is_target.argsort(descending=True, stable=True)  # targets, then sources
+    found = torch.cat([x for x in (batch.images, batch.source_images) if x is not None])
+    assert len(found) == len(batch), "not every sequence has its image"
+    return torch.empty_like(found).index_copy_(0, order, found)
+
+
+def image_codes(batch: SequenceBatch) -> Tensor:
+    """Codes of all images, whether source or target, int64 [B, N]."""
+    return torch.where(batch.image_is_target.bool()[:, None], batch.image_target, batch.image_input)
+
+
+def with_image_codes(spec: SequenceSpec, batch: SequenceBatch, codes: Tensor) -> SequenceBatch:
+    """The same batch, on the host, with other codes int64 [B, N]. Raises UserError for codes outside the vocabulary."""
+    laid_out = _lay_out_images(spec, codes.numpy(), batch.image_is_target.bool().numpy())
+    image_input, image_target = map(torch.from_numpy, laid_out)
+    return replace(batch, image_input=image_input, image_target=image_target)
 
 
 def _images(samples: Sequence[Sample]) -> Tensor | None:

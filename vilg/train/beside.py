@@ -97,15 +97,20 @@ class Beside:
         target.copy_(found)
 
 
-def sum_over_data(tensors: Sequence[Tensor], grid: Grid) -> None:
-    """Replace tensors by their sums over the data ranks, in one message; the same on all tensor ranks, bit by bit."""
-    if grid.data_group is None and grid.tensor_group is None:
+def sum_over_data(tensors: Sequence[Tensor], grid: Grid, *, stages: bool = False) -> None:
+    """Replace tensors by their sums over the data ranks, in one message; the same on all tensor ranks, bit by bit.
+
+    stages: all stages of a pipeline have done the work, and get the same too.
+    """
+    copies = [(grid.tensor_group, grid.tensor_size), *([(grid.pipeline_group, grid.pipeline_size)] if stages else [])]
+    if grid.data_group is None and not any(group for group, _ in copies):
         return
     flat = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
     if grid.data_group is not None:
         dist.all_reduce(flat, group=grid.data_group)
-    if grid.tensor_group is not None:  # they did the same work; convolutions on GPUs may differ in a last bit
-        dist.all_reduce(flat, group=grid.tensor_group)
-        flat /= grid.tensor_size
+    for group, size in copies:  # they did the same work; convolutions on GPUs may differ in a last bit
+        if group is not None:
+            dist.all_reduce(flat, group=group)
+            flat /= size
     for tensor, found in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(found.view_as(tensor))

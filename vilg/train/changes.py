@@ -49,6 +49,8 @@ SHAPE = (
     "tokens.text_vocab_size",
     "tokens.image_vocab_size",
 )
+# Sections that cannot come or go: with them, codes in the checkpoint mean something else than in the shards.
+WHOLE = ("model.reconstructor.joint_quantizer.*",)
 TOKENIZERS = {"text": "tokens.text_model", "image": "tokens.image_model"}
 DATA = "data.train"
 
@@ -76,7 +78,8 @@ def compare(before: Recipe, now: Recipe, source: Path, accept: Sequence[str] = (
         if was == is_now:
             continue
         why = next((text for pattern, text in HARMLESS.items() if fnmatch(key, pattern)), None)
-        if key in SHAPE:
+        comes_or_goes = None in (was, is_now) and any(fnmatch(key, pattern) for pattern in WHOLE)
+        if key in SHAPE or comes_or_goes:
             impossible.append(f"{key}: {_shown(was)} there, {_shown(is_now)} here: its weights are of another model")
         elif why or is_accepted(key, accept):
             meaning = why or "accepted on the command line"

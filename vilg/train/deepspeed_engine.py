@@ -72,7 +72,7 @@ class DeepSpeedEngine:
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         sums = no_sums(self.device)
         optim.set_learning_rate(self.engine.optimizer, plan.lr)
-        begin_step(self.reconstruction, plan)
+        batches = begin_step(self.reconstruction, plan, batches)
         for index, batch in enumerate(batches):
             seeds = dropout_seeds(self.recipe, self.grid, plan, index, batch)
             on_device = batch.to(self.device)

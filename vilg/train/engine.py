@@ -130,7 +130,7 @@ class TorchEngine:
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         sums = no_sums(self.device)
-        begin_step(self.reconstruction, plan)
+        batches = begin_step(self.reconstruction, plan, batches)
         for master in self.masters:
             master.grad = None
         for index, batch in enumerate(batches):

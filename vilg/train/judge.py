@@ -29,13 +29,26 @@ class Verdict:
     r1_penalty: Tensor
 
 
+class PixelDistance:
+    """l1 |e| + mse e^2 + perceptual * edges of `ReconstructorConfig`, a mean over images. e: pixels - images."""
+
+    def __init__(self, config: ReconstructorConfig, *, device: torch.device) -> None:
+        self.config = config
+        self.perceptual = perceptual_loss(config.perceptual_weights).to(device) if config.perceptual else None
+
+    def __call__(self, pixels: Tensor, images: Tensor) -> Tensor:
+        """fp32 scalar of two [b, 3, S, S]."""
+        config, error = self.config, pixels - images
+        loss = config.l1 * error.abs().mean() + config.mse * error.square().mean()
+        return loss if self.perceptual is None else loss + config.perceptual * self.perceptual(pixels, images)
+
+
 class Judge:
     """The losses of `ReconstructorConfig`. trained: the discriminator, None without; active: it learns in this step;
     adversarial_weight: of this step, before `adaptive`."""
 
     def __init__(self, config: ReconstructorConfig, *, seed: int, device: torch.device) -> None:
-        self.config = config
-        self.perceptual = perceptual_loss(config.perceptual_weights).to(device) if config.perceptual else None
+        self.config, self._distance = config, PixelDistance(config, device=device)
         self.trained: Beside | None = None
         self.active, self.adversarial_weight, self._penalised = False, 0.0, False
         adversary = config.adversarial
@@ -71,11 +84,6 @@ class Judge:
         adversarial = -count * self.trained.module(pixels).mean()
         (adversarial_gradient,) = torch.autograd.grad(adversarial, pixels)
         return Verdict(loss.detach(), gradient, adversarial.detach(), adversarial_gradient, hinge.detach(), penalty.detach())
-
-    def _distance(self, pixels: Tensor, images: Tensor) -> Tensor:
-        config, error = self.config, pixels - images
-        loss = config.l1 * error.abs().mean() + config.mse * error.square().mean()
-        return loss if self.perceptual is None else loss + config.perceptual * self.perceptual(pixels, images)
 
     def state(self) -> dict[str, Tensor]:
         """As `Beside.state`; empty without a discriminator."""

@@ -104,7 +104,9 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         note = ranks.together(lambda: load_checkpoint(engine, checkpoint, before))
         notes += filter(None, [note])
     position = LoaderState.from_dict(before.loader) if before else None
-    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, image=image, accept=accept))
+    # The hash of `tokens.image_model`, which made the data: the tokenizer itself may have learned on in this run.
+    source = dict(image=image, image_hash=tokenizers["image"], accept=accept)
+    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, **source))
     sampler = None
     if recipe.samples.every_steps:
         if engine.layout["zero_stage"] == 3:
@@ -159,6 +161,7 @@ def _loader(
     position: LoaderState | None,
     *,
     image: ImageTokenizer,
+    image_hash: str,
     accept: Sequence[str],
 ) -> Loader:
     dataset = open_data(recipe.data)
@@ -172,6 +175,7 @@ def _loader(
                 f"{dataset.manifest_hash[:12]}; set {DATA} to the same shards, or continue all the same with "
                 f"--accept={','.join([*accept, DATA])}"
             )
+    end_to_end = recipe.model.reconstructor
     reports = grid.tensor_rank == grid.pipeline_rank == 0  # one of the ranks that read the same data
     return Loader(
         dataset,
@@ -185,8 +189,9 @@ def _loader(
         data_size=grid.data_size,
         state=position,
         quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if reports else None,
-        image_tokenizer_hash=image.hash,
-        image_size=recipe.tokens.grid[0] * image.factor if recipe.model.reconstructor else None,
+        image_tokenizer_hash=image_hash,
+        image_size=recipe.tokens.grid[0] * image.factor if end_to_end else None,
+        source_images=end_to_end is not None and end_to_end.joint_quantizer is not None,
     )
 
 

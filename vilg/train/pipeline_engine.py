@@ -43,7 +43,7 @@ class PipelineEngine(DeepSpeedEngine):
         optim.set_learning_rate(self.engine.optimizer, plan.lr)
         loss = self.model.loss_fn
         loss.reconstruct = self.reconstruction
-        begin_step(self.reconstruction, plan)
+        batches = begin_step(self.reconstruction, plan, batches)
         loss.begin(len(batches), finish=partial(spoil_spike, plan=plan, grid=self.grid))
         with silent():  # it prints its first step
             self.engine.train_batch(data_iter=self._micro_batches(batches, plan))

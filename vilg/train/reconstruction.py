@@ -9,10 +9,13 @@ moving averages up to the step before, so that no layout or micro-batch changes 
     balance  = |d generation / d states| / |d reconstruction / d states|          where generation and pixels part
     adaptive = |d pixel losses / d pixels| / |d adversarial / d pixels|           VQGAN's equation 7, at the pixels
 
+A quantizer trained jointly (joint_quantizer.py) is called at the beginning of the step, before the model reads codes.
+
 Legend: B sequences of a micro-batch, b of them text -> image, N image slots, C hidden, S side in pixels.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +31,12 @@ from vilg.inference.format import RECONSTRUCTOR_FOLDER
 from vilg.model.heads import Heads
 from vilg.model.reconstructor import Reconstructor, load_reconstructor
 from vilg.parallel.grid import Grid
+from vilg.tokens.sequence import SequenceBatch
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.tokens.vqgan.images import to_float
 from vilg.train.beside import Beside, sum_over_data
 from vilg.train.branch import attach, watched
+from vilg.train.joint_quantizer import JointQuantizer
 from vilg.train.judge import Judge
 from vilg.train.step import StepPlan
 
@@ -49,17 +54,19 @@ FIGURES = (
 
 class Reconstruction:
     """What an engine calls: `begin`, itself once for each micro-batch, `finish`. Ranks of pipeline stages without the
-    heads have no `reconstructor`, and take part in `finish` only.
+    heads have no `reconstructor`, and take part in `begin` and `finish` only. quantizer: None if it is frozen.
 
     Whoever calls it must hand the sums to a loss that is scaled by the plan (`StepPlan.scales`).
     """
 
     def __init__(
-        self, recipe: Recipe, reconstructor: Reconstructor | None, heads: Heads | None, *, grid: Grid, device: torch.device
-    ) -> None:
+        self, recipe: Recipe, reconstructor: Reconstructor | None, heads: Heads | None, *, grid: Grid, device: torch.device,
+        quantizer: JointQuantizer | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.base_lr, self.grid, self.device = recipe.model.reconstructor, recipe.optimizer.lr, grid, device
         self.sums = torch.zeros(9, device=device)
         self.norms = [0.0] * 4  # moving averages of the first four; 0: never seen
+        self.quantizer = quantizer
         self.trained: Beside | None = None
         self.judge: Judge | None = None
         if reconstructor is None:
@@ -73,8 +80,8 @@ class Reconstruction:
         if not config.stop_gradient:
             heads.watch = self._watch
 
-    def begin(self, plan: StepPlan) -> None:
-        """A new optimizer step."""
+    def begin(self, plan: StepPlan, batches: Sequence[SequenceBatch]) -> Sequence[SequenceBatch]:
+        """A new optimizer step over this rank's micro-batches; what the model is to read of them. All ranks call it."""
         self.plan = plan
         self.sums.zero_()
         generation, states, pixels, adversarial = self.norms
@@ -88,6 +95,7 @@ class Reconstruction:
         if self.trained:
             self.trained.begin()
             self.judge.begin(plan.step)
+        return self.quantizer(plan, batches) if self.quantizer else batches
 
     def __call__(self, states: Tensor, image_is_target: Tensor, images: Tensor) -> Tensor:
         """Sums over a micro-batch's decoded images, fp32 [2]: pixel losses, with their gradient at `states`, and the
@@ -141,7 +149,7 @@ class Reconstruction:
             shared = torch.tensor([found[name] for name in FIGURES], dtype=torch.float64, device=self.device)
             dist.all_reduce(shared, group=self.grid.pipeline_group)
             found = dict(zip(FIGURES, shared.tolist()))
-        return found
+        return found | (self.quantizer.finish(skipped=skipped) if self.quantizer else {})
 
     def _update(self, skipped: bool) -> dict[str, float]:
         if self.grid.sequence_parallel:  # each rank has seen its own slots
@@ -190,16 +198,20 @@ class Reconstruction:
         """What this rank writes into a checkpoint: one rank everything, the others nothing."""
         if not self.trained or self.grid.data_rank or self.grid.tensor_rank:
             return {}
-        tensors = {**self.trained.state(), **self.judge.state()}
+        tensors = {**self.trained.state(), **self.judge.state(), **(self.quantizer.state() if self.quantizer else {})}
         tensors["norms"] = torch.tensor(self.norms, dtype=torch.float64)
         tensors = host_copy(tensors) if copy else tensors
         return {RECONSTRUCTOR_FILE: partial(write_reconstructor_file, tensors)}
 
     def load(self, checkpoint: Path) -> None:
         """Continue exactly from a checkpoint of any layout. Raises UserError."""
-        if not self.trained:
+        if not (self.trained or self.quantizer):
             return
         tensors = read_reconstructor_file(checkpoint)
+        if self.quantizer:
+            self.quantizer.load(tensors, checkpoint / RECONSTRUCTOR_FILE)
+        if not self.trained:
+            return
         self.trained.load(tensors, checkpoint / RECONSTRUCTOR_FILE)
         self.judge.load(tensors, checkpoint / RECONSTRUCTOR_FILE)
         self.norms = tensors["norms"].tolist()
@@ -208,12 +220,20 @@ class Reconstruction:
 def build_reconstruction(
     recipe: Recipe, grid: Grid, model: nn.Module, image: ImageTokenizer, device: torch.device, *, fresh: bool
 ) -> Reconstruction | None:
-    """What trains the recipe's reconstructor on this rank; its weights are those of a new run if `fresh`."""
+    """What trains the recipe's reconstructor on this rank; its weights are those of a new run if `fresh`.
+
+    image: is trained in place with `joint_quantizer`, so whoever holds it has the present one. Raises UserError.
+    """
     if recipe.model.reconstructor is None:
         return None
+
+    def quantizer() -> JointQuantizer | None:
+        joint = recipe.model.reconstructor.joint_quantizer
+        return JointQuantizer(recipe, image, model.spec, grid=grid, device=device) if joint else None
+
     heads = next((module for module in model.modules() if isinstance(module, Heads)), None)
     if heads is None:  # an earlier stage of a pipeline
-        return Reconstruction(recipe, None, None, grid=grid, device=device)
+        return Reconstruction(recipe, None, None, grid=grid, device=device, quantizer=quantizer())
     reconstructor = Reconstructor(recipe.model, image, recipe.tokens.grid)
     if fresh:
         reconstructor.reset_mapping(image, recipe.seed)
@@ -221,13 +241,14 @@ def build_reconstruction(
             reconstructor = load_reconstructor(
                 recipe.init_from / RECONSTRUCTOR_FOLDER, recipe.model, image, recipe.tokens.grid, "cpu"
             ).requires_grad_(True)
-    return Reconstruction(recipe, reconstructor.train(), heads, grid=grid, device=device)
+    return Reconstruction(recipe, reconstructor.train(), heads, grid=grid, device=device, quantizer=quantizer())
 
 
-def begin_step(reconstruction: Reconstruction | None, plan: StepPlan) -> None:
-    """`begin`, where there is one."""
-    if reconstruction:
-        reconstruction.begin(plan)
+def begin_step(
+    reconstruction: Reconstruction | None, plan: StepPlan, batches: Sequence[SequenceBatch]
+) -> Sequence[SequenceBatch]:
+    """`begin`, where there is one; else the same batches."""
+    return reconstruction.begin(plan, batches) if reconstruction else batches
 
 
 def finish_step(reconstruction: Reconstruction | None, *, skipped: bool) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from vilg.tokens.vqgan.config import ImageTokenizerConfig, QuantizerConfig
 from vilg.tokens.vqgan.model import Codebook
@@ -24,6 +25,14 @@ def training_quantizer(
     if model.lookup == "gumbel":
         return GumbelQuantizer(codebook, config)
     return TrainingQuantizer(model, config, synchronise=synchronise)
+
+
+def carried_over(vectors: Tensor, chosen: Tensor) -> Tensor:
+    """`chosen` in value, with a gradient at `vectors`: turned and scaled as the vector has to be to become its code
+    (arXiv 2410.06424, section 4.2). Both [B, D, h, w]; `TrainingQuantizer` does the same to what it has chosen itself."""
+    b, d, h, w = vectors.shape
+    turned = rotate_to(*(x.permute(0, 2, 3, 1).reshape(-1, d) for x in (vectors, chosen)))
+    return turned.reshape(b, h, w, d).permute(0, 3, 1, 2)
 
 
 class TrainingQuantizer(nn.Module):
