@@ -136,7 +136,7 @@ def test_a_codebook_of_16384_codes_learns_renews_dead_codes_and_is_found_again(l
 def test_the_gumbel_quantizer_anneals_mixes_and_knows_its_divergence():
     torch.manual_seed(0)
     codebook = Codebook(16, 8, "gumbel")
-    config = QuantizerConfig(temperature=1.0, last_temperature=0.25, kl_weight=2.0)
+    config = QuantizerConfig(temperature=1.0, last_temperature=0.25, kl_weight=2.0, diversity=3.0)
     quantizer = training_quantizer(codebook, dvae(), config, synchronise=False)
     assert isinstance(quantizer, GumbelQuantizer)
     quantizer.set_progress(0.5)
@@ -148,7 +148,9 @@ def test_the_gumbel_quantizer_anneals_mixes_and_knows_its_divergence():
     assert (torch.cdist(rows, codebook.vectors).min(1).values < 1e-3).all()  # straight through: one code each
     logits = codebook.logits(vectors.permute(0, 2, 3, 1)).detach().double()
     share = logits.softmax(-1)
-    assert loss.item() == pytest.approx(2 * float((share * (share * 16).log()).sum(-1).mean()), rel=1e-4)
+    mean = share.flatten(0, 2).mean(0)
+    single, together = (share * (share * 16).log()).sum(-1).mean(), (mean * (mean * 16).log()).sum()
+    assert loss.item() == pytest.approx(2 * float(single) + 3 * float(together), rel=1e-4)
     (mixed.sum() + loss).backward()
     assert vectors.grad.abs().sum() > 0 and codebook.vectors.grad is not None and codebook.logits.weight.grad is not None
     torch.nn.init.zeros_(codebook.logits.weight)

@@ -105,7 +105,7 @@ class ImageTokenizerConfig(Section):
 
 class QuantizerConfig(Section):
     """How the codebook learns: a moving average of the vectors that fall to each code, never a gradient; with
-    `lookup: gumbel`, to which only the last four belong, by gradients through a relaxed choice."""
+    `lookup: gumbel`, to which only the last five belong, by gradients through a relaxed choice."""
 
     decay: Fraction = Field(0.95, description="Share of the moving average kept per step.")
     dead_below: float = Field(
@@ -120,6 +120,9 @@ class QuantizerConfig(Section):
     straight_through: bool = Field(True, description="The decoder sees the chosen code alone; false: the relaxed mixture.")
     kl_weight: float = Field(
         5e-4, ge=0, description="Weight of the divergence of the choice from all codes alike (taming: 5e-4, later 1e-8)."
+    )
+    diversity: float = Field(
+        1.0, ge=0, description="Weight of the same divergence of the batch's mean choice: no code is left out (2006.11477)."
     )
 
 

@@ -71,7 +71,10 @@ class TrainingQuantizer(nn.Module):
 class GumbelQuantizer(nn.Module):
     """Draws codes with Gumbel noise from the codebook's logits; its parameters are the codebook's own.
 
-    loss = kl_weight * mean over places of KL(softmax(logits) || uniform), which keeps all codes in play.
+    loss = kl_weight * mean over places of KL(softmax(logits) || uniform) + diversity * KL(mean of softmax(logits) || uniform)
+
+    The first keeps single choices open, and is as small when all places share one code as when they differ; the second
+    keeps all codes in play (wav2vec 2.0, arXiv 2006.11477, equation 4). The mean is over a rank's micro-batch.
     """
 
     def __init__(self, codebook: Codebook, config: QuantizerConfig) -> None:
@@ -84,14 +87,20 @@ class GumbelQuantizer(nn.Module):
         self.temperature = config.temperature * (config.last_temperature / config.temperature) ** share
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """vectors [B, D, h, w] -> (mixed code vectors [B, D, h, w], likeliest codes int64 [B, h, w], weighted KL)."""
+        """vectors [B, D, h, w] -> (mixed code vectors [B, D, h, w], likeliest codes int64 [B, h, w], weighted divergences)."""
         logits = self._codebook.logits(vectors.permute(0, 2, 3, 1))  # [B, h, w, K]
         choice = F.gumbel_softmax(logits, self.temperature, hard=self._config.straight_through, dim=-1)
-        log_share = logits.log_softmax(-1)
-        divergence = (log_share.exp() * (log_share + math.log(logits.shape[-1]))).sum(-1).mean()
+        shares = logits.softmax(-1)
+        loss = self._config.kl_weight * _divergence(shares).mean()
+        loss = loss + self._config.diversity * _divergence(shares.mean((0, 1, 2)))
         mixed = (choice @ self._codebook.vectors).permute(0, 3, 1, 2)
-        return mixed, logits.argmax(-1), self._config.kl_weight * divergence
+        return mixed, logits.argmax(-1), loss
 
     def copy_to(self, codebook: Codebook) -> None:
         """The codebook it was made with has learned already."""
         assert codebook is self._codebook
+
+
+def _divergence(shares: Tensor) -> Tensor:
+    """KL(shares || uniform) in nats along the last axis, from 0 to log K."""
+    return torch.special.xlogy(shares, shares).sum(-1) + math.log(shares.shape[-1])
