@@ -160,8 +160,8 @@ def test_beam_search_finds_the_best_of_all_texts_and_with_few_beams_what_a_plain
 
 def test_beams_reach_captions_and_answers_whatever_the_batch():
     model, codes, text = model_of(), random_codes(5), Letters()
-    together = caption_codes(model, SPEC, text, codes, beams=3, length_penalty=0.5)
-    assert together == caption_codes(model, SPEC, text, codes, beams=3, length_penalty=0.5, batch=1)
+    together = caption_codes(model, SPEC, text, codes, num_beams=3, length_penalty=0.5)
+    assert together == caption_codes(model, SPEC, text, codes, num_beams=3, length_penalty=0.5, batch=1)
     assert together != caption_codes(model, SPEC, text, codes)
 
 
@@ -169,10 +169,10 @@ def test_beams_reach_captions_and_answers_whatever_the_batch():
     ("settings", "message"),
     [
         ({"sampling": SamplingConfig(guidance=2.0)}, "guidance=2.0: texts are written without guidance"),
-        ({"beams": 0}, "beams=0: must be at least 1"),
+        ({"num_beams": 0}, "num_beams=0: must be at least 1"),
         ({"length_penalty": -1.0}, "length_penalty=-1.0: must be at least 0"),
         ({"length_penalty": math.nan}, "length_penalty=nan"),
-        ({"beams": 2, "sampling": SamplingConfig()}, "beams=2 and temperature=1.0: beam search does not sample"),
+        ({"num_beams": 2, "sampling": SamplingConfig()}, "num_beams=2 and temperature=1.0: beam search does not sample"),
     ],
 )
 def test_ways_of_writing_that_do_not_exist_are_named(settings, message):
