@@ -50,19 +50,20 @@ class Ids:
 
 
 def drawn_with_each_pattern(rank: int, size: int) -> list[torch.Tensor | list[str]]:
-    """Sixty candidates of one prompt, and answers and captions of sixty pictures, at once and one by one: row layers of both styles and dense ones, greedy
-    and sampled, pictures with and without guidance."""
+    """Sixty candidates of one prompt, and answers and captions of sixty pictures (the first also one by one): row layers
+    of both styles and dense ones, greedy and sampled, pictures with and without guidance."""
     found: list[torch.Tensor | list[str]] = []
-    questions = [[*PROMPTS, [], []][i % 4] for i in range(60)]
+    questions = [[*PROMPTS, [], []][i % 4] for i in range(60)]  # half of them none: captions
     for changes in ({}, {"row_style": "wrap"}, {"attention": "dense"}):
         model = tiny_model(tiny_config(**changes), grid=Grid.build(tensor=size)).eval()
         for sampling in (SamplingConfig(temperature=0), SamplingConfig(guidance=2.0, temperature=0.9)):
             codes = generate_codes(model, SPEC, PROMPTS[:1], num=60, seeds=[3], sampling=sampling)
             found.append(codes.clone())
             writing = replace(sampling, guidance=1.0)
-            for batch in (60, 1):  # with as many questions as captions, which have none
-                asked = questions[: 4 if batch == 1 else 60]
-                found.append(answer_codes(model, SPEC, Ids(), codes[0, : len(asked)], asked, sampling=writing, batch=batch))
+            for count, batch in ((60, 60), (4, 1)):
+                asked = questions[:count]
+                texts = answer_codes(model, SPEC, Ids(), codes[0, :count], asked, sampling=writing, batch=batch)
+                found.append(texts)
     return found
 
 

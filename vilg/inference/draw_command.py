@@ -77,7 +77,8 @@ def generate_main(argv: Sequence[str]) -> int:
             print(note, file=sys.stderr)
 
     with opened(args.model, device=args.device) as bundle:
-        _draw(bundle, folder, args, sampling, clip, facts=[each.facts("drawn") | facts for each in fitted], finished=finished)
+        of_each = [each.facts("drawn") | facts for each in fitted]
+        _draw(bundle, folder, args, sampling, clip, facts=of_each, finished=finished)
         if is_main(bundle):
             print(folder.summary())
     return 0

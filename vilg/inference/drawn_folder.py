@@ -44,7 +44,9 @@ def files_stamp(folder: Path, *, without: Path) -> str:
 class DrawnFolder:
     """The results of one run. `num` candidates a prompt are noted, the best `keep` of them as pictures."""
 
-    def __init__(self, path: Path, prompts: Sequence[str], *, num: int, keep: int, settings: Mapping[str, object]) -> None:
+    def __init__(
+        self, path: Path, prompts: Sequence[str], *, num: int, keep: int, settings: Mapping[str, object]
+    ) -> None:
         self.path, self.prompts, self.num, self.keep = path, prompts, num, keep
         listed = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
         about = {"prompts": len(prompts), "prompts_hash": listed, "num": num, "keep": keep}
@@ -74,7 +76,8 @@ class DrawnFolder:
                 (self.path / name).unlink()
         elif results:
             self._check_same_run()
-        write_atomically(self.path / SETTINGS_FILE, (json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n").encode())
+        said = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(self.path / SETTINGS_FILE, said.encode())
         return sum(1 for _ in self._lines()) // self.num
 
     def _check_same_run(self) -> None:
