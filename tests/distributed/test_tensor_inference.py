@@ -50,22 +50,27 @@ class Ids:
 
 
 def drawn_with_each_pattern(rank: int, size: int) -> list[torch.Tensor | list[str]]:
-    """Sixty candidates of one prompt, and answers about sixty pictures: row layers of both styles and dense ones, greedy
-    and sampled, pictures with and without guidance."""
+    """Sixty candidates of one prompt, and answers and captions of sixty pictures (the first also one by one): row layers
+    of both styles and dense ones, greedy and sampled, pictures with and without guidance."""
     found: list[torch.Tensor | list[str]] = []
-    questions = [PROMPTS[i % 2] for i in range(60)]
+    questions = [[*PROMPTS, [], []][i % 4] for i in range(60)]  # half of them none: captions
     for changes in ({}, {"row_style": "wrap"}, {"attention": "dense"}):
         model = tiny_model(tiny_config(**changes), grid=Grid.build(tensor=size)).eval()
         for sampling in (SamplingConfig(temperature=0), SamplingConfig(guidance=2.0, temperature=0.9)):
             codes = generate_codes(model, SPEC, PROMPTS[:1], num=60, seeds=[3], sampling=sampling)
             found.append(codes.clone())
             writing = replace(sampling, guidance=1.0)
-            found.append(answer_codes(model, SPEC, Ids(), codes[0], questions, sampling=writing))
+            for count, batch in ((60, 60), (4, 1)):
+                asked = questions[:count]
+                texts = answer_codes(model, SPEC, Ids(), codes[0, :count], asked, sampling=writing, batch=batch)
+                found.append(texts)
     return found
 
 
 def test_sixty_candidates_and_answers_are_the_same_on_two_tensor_ranks_for_every_pattern():
     wanted = drawn_with_each_pattern(0, 1)
+    for at_once, one_by_one in zip(wanted[1::3], wanted[2::3], strict=True):
+        assert at_once[:4] == one_by_one
     for found in run_distributed(2, drawn_with_each_pattern):
         for ours, theirs in zip(found, wanted, strict=True):
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs

@@ -99,5 +99,5 @@ def test_weights_in_a_pickle_are_refused(tmp_path):
 
 def test_without_transformers_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match="the similarity filter needs transformers .*: pip install transformers"):
+    with pytest.raises(UserError, match="similarity.model needs transformers .*: pip install transformers"):
         ClipScorer(tmp_path)

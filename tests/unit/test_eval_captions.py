@@ -79,6 +79,29 @@ def test_java_reads_chinese_as_chinese_and_no_line_is_lost(monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_chinese_word_is_one_ascii_word_for_meteor_and_english_stays(monkeypatch):
+    meteor = pytest.importorskip("pycocoevalcap.meteor.meteor")
+    seen = []
+
+    class Noted:
+        def compute_score(self, wanted, found):
+            seen.append((wanted, found))
+            return 0.5, []
+
+    monkeypatch.setattr(meteor, "Meteor", Noted)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    captions, references = [["两只", "猫", "on", "zqaq"], ["猫"], []], [[["两", "猫"], ["cats", "on"]], [["zqbq"]], [["猫", "猫"]]]
+    assert score_tokens(captions, references)["meteor"] == 0.5
+    [(wanted, found)] = seen
+    lines = [line for part in (wanted, found) for each in part.values() for line in each]
+    assert all(line.isascii() for line in lines)
+    two, cat, *rest = found[0][0].split()
+    assert rest == ["on", "zqaq"] and len({two, cat, "zqaq", "zqbq"}) == 4
+    assert found[1] == [cat] and found[2] == ["vilgnothing"]
+    assert wanted[0][0].split()[1] == cat and wanted[0][0].split()[0] not in (two, cat)
+    assert wanted[0][1] == "cats on" and wanted[1] == ["zqbq"] and wanted[2] == [f"{cat} {cat}"]
+
+
 @java
 @pytest.mark.slow  # METEOR reads its tables for seconds at every start
 def test_meteor_is_the_packages():
@@ -88,7 +111,9 @@ def test_meteor_is_the_packages():
     wanted = {name: [" ".join(tokens) for tokens in words(texts, ptb=True)] for name, texts in REFERENCES.items()}
     meteor = score_captions(CAPTIONS, REFERENCES)["words"]["meteor"]
     assert meteor == pytest.approx(Meteor().compute_score(wanted, cut)[0], abs=1e-6)
-    assert score_captions(ZH_CAPTIONS, ZH_REFERENCES)["characters"]["meteor"] > 0.3
+    characters_figure = score_captions(ZH_CAPTIONS, ZH_REFERENCES)["characters"]["meteor"]
+    assert characters_figure > 0.3
+    assert score_tokens([["两只", "猫"]], [[["两", "只", "猫"]]])["meteor"] < 0.5  # 1 if it cut the first word
 
 
 @pytest.fixture
@@ -122,7 +147,10 @@ def test_the_command_matches_files_prints_both_units_and_keeps_the_settings(file
     [
         (['{"image": "9.jpg", "caption": "x"}'], "9.jpg has no references"),
         (['{"image": "1.jpg", "caption": "x"}'], "1 of 2 images"),
-        (['{"image": "1.jpg", "caption": ""}'], "1.jpg has no caption"),
+        (['{"image": "1.jpg", "caption": []}'], "1.jpg has no captions"),
+        (['{"image": "1.jpg", "caption": ["x", "y"]}'], "1.jpg has 2 captions; one of each image is scored"),
+        (['{"image": "1.jpg", "caption": "x"}'] * 2, "1.jpg has 2 captions"),
+        (['{"image": "%s.jpg", "caption": "x"}' % n for n in "121"], "1.jpg has 2 captions"),
         (['{"image": "a/1.jpg", "caption": "x"}', '{"image": "b/1.jpg", "caption": "x"}'], "two captions for 1.jpg"),
         ([], "holds no captions"),
         (["x"], "no JSON"),
@@ -133,3 +161,34 @@ def test_files_that_do_not_fit_are_explained(files, capsys, lines, message):
     captions.write_text("\n".join(lines))
     assert vilg(["eval", "caption", str(captions), "--references", str(references), "--no-meteor"]) == 2
     assert message in capsys.readouterr().err
+
+
+def scored(captions, references, lines, tmp_path) -> dict:
+    captions.write_text("".join(json.dumps({"image": name, "caption": text}) + "\n" for name, text in lines.items()))
+    command = ["eval", "caption", str(captions), "--references", str(references), "--no-meteor", "--tokenizer", "plain"]
+    assert vilg([*command, "--out", str(tmp_path / "out.json")]) == 0
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_an_empty_caption_of_a_model_counts_as_nothing_said(files, tmp_path, capsys):
+    whole = scored(*files, ZH_CAPTIONS, tmp_path)
+    assert whole["empty_captions"] == 0 and "empty" not in capsys.readouterr().out
+    half = scored(*files, ZH_CAPTIONS | {"2.jpg": " "}, tmp_path)
+    assert half["images"] == 2 and half["empty_captions"] == 1
+    assert 0 < half["scores"]["words"]["rouge_l"] < whole["scores"]["words"]["rouge_l"]
+    assert "1 captions are empty" in capsys.readouterr().out
+
+
+def test_captions_in_another_script_than_their_references_are_warned_of(files, tmp_path, capsys):
+    assert scored(*files, ZH_CAPTIONS, tmp_path)["captions_in_another_script"] == 0
+    assert "warning" not in capsys.readouterr().err
+    result = scored(*files, {"1.jpg": "a dog on grass", "2.jpg": "two cats"}, tmp_path)
+    assert result["captions_in_another_script"] == 2 and result["scores"]["words"]["bleu_1"] < 1e-6
+    assert "2 of 2 captions are in another script than all their references, the first is that of 1.jpg" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_said_to_be_missing(files, capsys):
+    captions, references = files
+    captions.unlink()
+    assert vilg(["eval", "caption", str(captions), "--references", str(references), "--no-meteor"]) == 2
+    assert f"{captions}: there is no such file" in capsys.readouterr().err

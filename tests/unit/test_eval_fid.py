@@ -104,6 +104,9 @@ def test_figures_do_not_depend_on_the_batch(place):
 def test_what_cannot_be_measured_is_explained(place, capsys):
     assert run(place)[0] == 2 and "--reconstruct MODEL, not both" in capsys.readouterr().err
     assert run(place, str(place / "drawn"), "--sha256", "0" * 64)[0] == 2 and "figures would not compare" in capsys.readouterr().err
+    for side in (0, -5):
+        assert run(place, str(place / "drawn"), "--side", str(side))[0] == 2
+        assert f"--side {side}: at least one pixel" in capsys.readouterr().err
     (place / "real" / "bad.png").write_bytes(b"")
     assert run(place, str(place / "drawn"))[0] == 2 and "bad.png" in capsys.readouterr().err
     (place / "empty").mkdir()

@@ -27,7 +27,7 @@ def test_accuracy_stands_beside_the_most_usual_answer():
 
 
 def lines(path, entries):
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    path.write_text("\ufeff" + "".join(json.dumps(entry) + "\n" for entry in entries))
     return str(path)
 
 
@@ -70,3 +70,9 @@ def test_pictures_meet_their_own_prompts(tmp_path):
     lines(tmp_path / "scores.jsonl", [{"file": "x"}])
     with pytest.raises(UserError, match="scores.jsonl:1"):
         clip.drawn_pictures(tmp_path)
+
+
+def test_a_folder_that_is_no_clip_model_is_named_with_its_option(tmp_path, capsys):
+    lines(tmp_path / "scores.jsonl", [{"file": "x.png", "prompt": "x"}])
+    assert vilg(["eval", "clip", str(tmp_path), "--clip", "nowhere", "--device", "cpu"]) == 2
+    assert "--clip: nowhere is no folder" in capsys.readouterr().err

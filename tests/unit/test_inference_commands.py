@@ -50,7 +50,7 @@ def test_answers_come_from_the_command_line_or_a_file_in_the_shape_that_eval_vqa
         (str(first), "a cat"), (str(first), "猫"), (str(second), "a cat"), (str(second), "猫")
     ]  # fmt: skip
     asked = [{"image": "pictures/b.png", "question": "猫"}, {"image": "pictures/a.png", "question": "a cat"}]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    (tmp_path / "asked.jsonl").write_text("\ufeff" + "".join(json.dumps(line) + "\n" for line in asked))
     listed = run(capsys, "answer", "--model", folder, "--questions", tmp_path / "asked.jsonl", "--beams", 3)
     assert [{key: line[key] for key in ("image", "question")} for line in listed] == asked
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(line) + "\n" for line in listed))
@@ -69,6 +69,10 @@ def test_answers_come_from_the_command_line_or_a_file_in_the_shape_that_eval_vqa
         (["{image}", "--question", "a red horse on a blue wall"], "tokens, but the text segment has room for 4"),
         (["{image}", "--question", "cat", "--beams", "0"], "beams=0: must be at least 1"),
         (["--questions", "{image}.none"], "expected a UTF-8 file with one JSON object a line"),
+        (["{image}", "--question", "cat", "--beams", "17"], "num_beams=17: must be at least 1 and at most 16"),
+        (["{image}", "--question", "cat", "--top-p", "0.5"], "top_p=0.5: limits what is sampled, but temperature=0"),
+        (["{image}", "--question", "cat", "--length-penalty", "3"], "length_penalty=3.0: compares the texts of a beam search"),
+        (["{image}", "--question", "cat", "--beams", "3", "--top-p", "0.5"], "num_beams=3 and top_p=0.5: beam search does"),
         (["--questions", "{lines}"], "lines.jsonl:2: expected a JSON object with image and question"),
     ],
 )
@@ -88,7 +92,11 @@ def test_long_texts_are_an_error_that_names_the_limit_or_are_cut_on_request(fold
     assert vilg([str(a) for a in [*draw, "--truncate"]]) == 0
     ask = ["answer", "--model", folder, tmp_path / "drawn" / "0000_00.png", "--question", long]
     assert f"has {count} tokens, but the text segment has room for 4" in error_of(capsys, *ask)
-    assert run(capsys, *ask, "--truncate")[0]["question"] == long
+    assert vilg([str(a) for a in [*ask, "--truncate"]]) == 0
+    said = capsys.readouterr()
+    line = json.loads(said.out)
+    assert line["question"] == long and line["truncated"] is True and long.startswith(line["asked_text"])
+    assert "1 of 1 questions cut (--truncate)" in said.err and repr(line["asked_text"]) in said.err
 
 
 def test_an_empty_prompt_and_characters_that_no_piece_has(folder, tmp_path, capsys):
@@ -143,18 +151,23 @@ def test_pictures_of_every_kind_are_captioned_and_answered(folder, pixels, tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a readable JPEG, PNG or WebP image"),
-        (b"a text, not a picture", "not a readable JPEG, PNG or WebP image"),
+        (b"", "not a readable JPEG, PNG or WebP image of at least one pixel: it is empty"),
+        (b"a text, not a picture", "not a readable JPEG, PNG or WebP image of at least one pixel: it begins with b'a text, '"),
+        ("GIF", "not a readable JPEG, PNG or WebP image of at least one pixel: it is a GIF\n"),
+        ("TIFF", "not a readable JPEG, PNG or WebP image of at least one pixel: it is a TIFF\n"),
+        ("BMP", "not a readable JPEG, PNG or WebP image of at least one pixel: it is a BMP\n"),
         ("cut", "not a readable JPEG, PNG or WebP image"),
         ("bomb", "not a readable JPEG, PNG or WebP image of at least one pixel: Image size"),
         (None, "No such file"),
     ],
-    ids=["empty", "text", "cut", "huge", "missing"],
+    ids=["empty", "text", "GIF", "TIFF", "BMP", "cut", "huge", "missing"],
 )
 def test_what_is_no_picture_is_named_by_caption_and_answer(folder, pixels, tmp_path, capsys, content, message):
     path = tmp_path / "picture.png"
     if content == "cut":
         content = encoded(Image.fromarray(pixels))[:400]
+    if content in ("GIF", "TIFF", "BMP"):
+        content = encoded(Image.fromarray(pixels), content)
     if content == "bomb":  # 400 megapixels in a few kilobytes
         content = encoded(Image.new("1", (20_000, 20_000)))
     if content is not None:
@@ -236,7 +249,7 @@ def test_a_clip_folder_can_score_instead(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--guidance", "-1"], "guidance=-1.0: must be at least 0; 1 is no guidance"),
+        (["--guidance", "-1"], "guidance=-1.0: must be at least 0 and at most 100; 1 is no guidance"),
         (["--guidance-start", "-0.5"], "guidance_start=-0.5: must be at least 0"),
         (["--top-p", "0"], "top_p=0.0: must be above 0 and at most 1"),
         (["--num", "0"], "--num 0: draw at least one candidate"),

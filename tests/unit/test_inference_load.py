@@ -74,7 +74,8 @@ def test_a_missing_or_cut_file_is_named(folder, file):
 def test_generate_and_caption_work_from_the_folder(folder, capsys):
     out = folder / "drawn"
     generate_main(["--model", str(folder), "--prompt", "a cat", "--num", "3", "--best", "2", "--out", str(out)])
-    assert sorted(path.name for path in out.iterdir()) == ["0000_00.png", "0000_01.png", "grid.png", "scores.jsonl"]
+    wanted = ["0000_00.png", "0000_01.png", "grid.png", "scores.jsonl", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == wanted
     scores = [json.loads(line) for line in (out / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["file"] for line in scores] == ["0000_00.png", "0000_01.png", None]
     with Image.open(out / "0000_00.png") as picture:

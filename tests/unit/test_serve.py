@@ -163,6 +163,10 @@ def test_unusual_pictures_are_read(running, image):
         (IMAGES, {"prompt": "a", "candidates": 0}, "candidates", "greater than or equal to 1"),
         (IMAGES, {"prompt": "a", "guidance": -1}, "guidance", "guidance=-1.0: must be at least 0"),
         (IMAGES, {"prompt": "a", "guidance": float("nan")}, "guidance", "finite"),
+        (IMAGES, {"prompt": "a", "guidance": 1e308}, "guidance", "at most 100"),
+        (IMAGES, {"prompt": "a", "guidance_start": 1e39}, "guidance_start", "at most 100"),
+        (IMAGES, {"prompt": "a", "temperature": 1e-320}, "temperature", "at least 0.001"),
+        (IMAGES, {"prompt": "a", "temperature": 0, "top_p": 0.5}, "top_p", "temperature=0 is greedy"),
         (IMAGES, {"prompt": "a", "top_p": 0}, "top_p", "must be above 0"),
         (IMAGES, {"prompt": "a", "seed": -1}, "seed", "greater than or equal to 0"),
         (IMAGES, {"prompt": "a", "size": "512x512"}, "size", "this model draws 16x16"),
@@ -174,11 +178,16 @@ def test_unusual_pictures_are_read(running, image):
         (CAPTIONS, {"image": "%%%"}, "image", "neither base64 nor"),
         (CAPTIONS, {"image": ""}, "image", "not a readable JPEG, PNG or WebP"),
         (CAPTIONS, {"image": base64.b64encode(b"hello").decode()}, "image", "not a readable JPEG, PNG or WebP"),
+        (CAPTIONS, {"image": base64.b64encode(picture(form="GIF")).decode()}, "image", "at least one pixel: it is a GIF"),
         (CAPTIONS, {"image": base64.b64encode(picture()[:60]).decode()}, "image", "not a readable JPEG, PNG or WebP"),
         (CAPTIONS, {"image": IMAGE, "language": "fr"}, "language", "'zh' or 'en'"),
         (CAPTIONS, {"image": IMAGE, "num_beams": 0}, "num_beams", "greater than or equal to 1"),
-        (CAPTIONS, {"image": IMAGE, "num_beams": 2, "temperature": 1}, "beams", "choose one"),
-        (CAPTIONS, {"image": IMAGE, "temperature": -1}, "temperature", "at least 0"),
+        (CAPTIONS, {"image": IMAGE, "num_beams": 2, "temperature": 1}, "num_beams", "choose one"),
+        (CAPTIONS, {"image": IMAGE, "num_beams": 17}, "num_beams", "less than or equal to 16"),
+        (CAPTIONS, {"image": IMAGE, "num_beams": 2, "length_penalty": 1e308}, "length_penalty", "at most 10"),
+        (CAPTIONS, {"image": IMAGE, "length_penalty": 3}, "length_penalty", "give num_beams above 1"),
+        (CAPTIONS, {"image": IMAGE, "temperature": 1e-320}, "temperature", "at least 0.001"),
+        (CAPTIONS, {"image": IMAGE, "temperature": -1}, "temperature", "must be 0 (greedy), or at least 0.001 and at most 1000"),
         (ANSWERS, {"image": IMAGE}, "question", "question is missing"),
         (ANSWERS, {"image": IMAGE, "question": " "}, "question", "is empty"),
         (ANSWERS, {"image": IMAGE, "question": "猫" * 7}, "question", "has room for 4"),
@@ -194,8 +203,14 @@ def test_a_request_that_cannot_be_done_names_the_field_and_what_would_work(runni
 
 
 def test_a_text_that_does_not_fit_is_cut_on_request(running):
-    assert running.post(IMAGES, {"prompt": "猫" * 7, "truncate": True})[0] == 200
-    assert running.post(ANSWERS, {"image": IMAGE, "question": "猫" * 7, "truncate": True})[0] == 200
+    for path, name, field, room in ((IMAGES, "prompt", "drawn_text", 6), (ANSWERS, "question", "asked_text", 4)):
+        asked = {name: "猫" * 7, "truncate": True} | ({"image": IMAGE} if path == ANSWERS else {})
+        status, body = running.post(path, asked)
+        assert status == 200 and body["truncated"] is True and body[field] == "猫" * len(body[field])
+        assert 1 <= len(body[field]) <= room
+    drawn = running.post(IMAGES, {"prompt": "猫" * 7, "truncate": True})[1]
+    assert opened(drawn["data"][0]).text["drawn_text"] == drawn["drawn_text"]
+    assert "truncated" not in running.post(IMAGES, {"prompt": "猫", "truncate": True})[1]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from vilg.tokens.sequence import BEGIN_OF_TEXT, END_OF_TEXT, PAD, SequenceSpec, 
 SPEC = SequenceSpec(text_slots=7, grid=(3, 4), text_vocab_size=24, image_vocab_size=16)
 QUESTIONS = [[5, 6, 7], [], [8], [9, 4, 5, 6, 7]]
 ALL_SHAPES = pytest.mark.parametrize(
-    "changes", [{}, {"row_style": "wrap"}, {"attention": "dense"}], ids=["row", "wrap", "dense"]
+    "changes",
+    [{}, {"row_style": "wrap"}, {"attention": "dense"}, {"qk_norm": True}],
+    ids=["row", "wrap", "dense", "qk_norm"],
 )
 
 
@@ -73,10 +75,13 @@ def test_answers_are_those_written_without_a_cache_whatever_the_lengths_of_the_q
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.5, top_p=0.9)], ids=["greedy", "sampled"])
 @torch.inference_mode()
 def test_sixty_texts_are_the_tokens_drawn_without_a_cache(changes, sampling):
-    """All 60 by teacher forcing: each token is drawn again from the logits of one pass over the whole sequence."""
+    """All 60, captions and answers, by teacher forcing: each token is drawn again from the logits of one pass over the
+    whole sequence. Written one by one they are the same."""
     model, codes, text = model_of(**changes), random_codes(60), Letters()
-    questions = [QUESTIONS[i % 2] for i in range(60)]
+    questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(60)]
     found = answer_codes(model, SPEC, text, codes, questions, sampling=sampling, seed=5)
+    assert answer_codes(model, SPEC, text, codes, questions, sampling=sampling, seed=5, batch=1) == found
+    assert caption_codes(model, SPEC, text, codes, sampling=sampling, seed=5)[1::4] == found[1::4]
     for row, (question, words) in enumerate(zip(questions, found, strict=True)):
         ids = [ord(letter) - ord("a") + PAD + 1 for letter in words]
         room = SPEC.text_slots - len(question)
@@ -160,8 +165,8 @@ def test_beam_search_finds_the_best_of_all_texts_and_with_few_beams_what_a_plain
 
 def test_beams_reach_captions_and_answers_whatever_the_batch():
     model, codes, text = model_of(), random_codes(5), Letters()
-    together = caption_codes(model, SPEC, text, codes, beams=3, length_penalty=0.5)
-    assert together == caption_codes(model, SPEC, text, codes, beams=3, length_penalty=0.5, batch=1)
+    together = caption_codes(model, SPEC, text, codes, num_beams=3, length_penalty=0.5)
+    assert together == caption_codes(model, SPEC, text, codes, num_beams=3, length_penalty=0.5, batch=1)
     assert together != caption_codes(model, SPEC, text, codes)
 
 
@@ -169,10 +174,10 @@ def test_beams_reach_captions_and_answers_whatever_the_batch():
     ("settings", "message"),
     [
         ({"sampling": SamplingConfig(guidance=2.0)}, "guidance=2.0: texts are written without guidance"),
-        ({"beams": 0}, "beams=0: must be at least 1"),
+        ({"num_beams": 0}, "num_beams=0: must be at least 1"),
         ({"length_penalty": -1.0}, "length_penalty=-1.0: must be at least 0"),
         ({"length_penalty": math.nan}, "length_penalty=nan"),
-        ({"beams": 2, "sampling": SamplingConfig()}, "beams=2 and temperature=1.0: beam search does not sample"),
+        ({"num_beams": 2, "sampling": SamplingConfig()}, "num_beams=2 and temperature=1.0: beam search does not sample"),
     ],
 )
 def test_ways_of_writing_that_do_not_exist_are_named(settings, message):

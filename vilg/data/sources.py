@@ -161,6 +161,8 @@ def _questions(
 
 def read_captions(source: Path, table: Table) -> Iterator[tuple[str, list[str]]]:
     """(image, captions) of a table in any of its forms, as they stand there. Raises UserError."""
+    if not source.exists():
+        raise UserError(f"{source}: there is no such file")
     if source.suffix.lower() not in TABLES or not source.is_file():
         raise UserError(f"{source} is no table of captions ({', '.join(TABLES)})")
     rows = _rows(source)

@@ -8,8 +8,10 @@ Chinese captions rarely do: ERNIE-ViLG's figures on COCO-CN are on characters (a
 import argparse
 import contextlib
 import io
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePath
 
@@ -52,8 +54,25 @@ def score_tokens(
         with needs_java("METEOR", instead="--no-meteor"):
             from pycocoevalcap.meteor.meteor import Meteor
 
+            stand_in = _stand_ins([*captions, *(tokens for each in references for tokens in each)])
+            found = {i: [_line(map(stand_in, tokens))] for i, tokens in enumerate(captions)}
+            wanted = {i: [_line(map(stand_in, tokens)) for tokens in each] for i, each in enumerate(references)}
             scores["meteor"] = float(Meteor().compute_score(wanted, found)[0])
     return scores
+
+
+def _stand_ins(texts: Iterable[Tokens]) -> Callable[[str], str]:
+    """For METEOR: a token in a script without spaces -> an ASCII word of its own; other tokens stay what they are.
+
+    METEOR cuts Chinese into characters whatever it is given (-norm), so that its figure "on words" would be the one on
+    characters. It has no stems, synonyms or paraphrases of such scripts, so a word is only a name there; those made here
+    are no English words, and have no ending that its stemmer takes off.
+    """
+    tokens = dict.fromkeys(token for text in texts for token in text)
+    names = (f"zq{''.join('abcdefghij'[int(digit)] for digit in str(number))}q" for number in itertools.count())
+    free = (name for name in names if name not in tokens)
+    known = {token: next(free) for token in tokens if has_unspaced(token)}
+    return lambda token: known.get(token, token)
 
 
 def score_captions(
@@ -92,13 +111,20 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
 
     references = _by_image(args.references)
-    captions = _matched({name: each[0] for name, each in _by_image(args.captions).items()}, references, args)
+    captions = _matched(_written(args.captions), references, args)
+    empty = sum(not caption.strip() for caption in captions.values())
+    foreign = [name for name, caption in captions.items() if caption.strip() and not _same_script(caption, references[name])]
+    if 2 * len(foreign) > len(captions):
+        print(f"warning: {args.captions}: {len(foreign)} of {len(captions)} captions are in another script than all their "
+              f"references, the first is that of {foreign[0]}; they match nothing (--language?)", file=sys.stderr)  # fmt: skip
     scores = score_captions(captions, references, ptb=args.tokenizer == "ptb", meteor=not args.no_meteor)
     result = {
         "format_version": FORMAT_VERSION,
         "captions": str(args.captions),
         "references": str(args.references),
         "images": len(captions),
+        "empty_captions": empty,
+        "captions_in_another_script": len(foreign),
         "images_left_out": len(references) - len(captions),
         "references_per_image": sum(len(references[name]) for name in captions) / len(captions),
         "tokenizer": {"with_spaces": args.tokenizer, "without_spaces": f"jieba {version('jieba')}"},
@@ -107,13 +133,15 @@ def main(argv: Sequence[str]) -> int:
     }
     if args.out:
         write_atomically(args.out, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-    print(f"{len(captions)} images, {result['references_per_image']:.2f} references each")
+    said = f", {empty} captions are empty and score nothing" if empty else ""
+    print(f"{len(captions)} images, {result['references_per_image']:.2f} references each{said}")
     for unit, values in scores.items():
         print(f"on {unit:<11}" + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     return 0
 
 
 def _by_image(path: Path) -> dict[str, list[str]]:
+    """References of each image, one or more."""
     found: dict[str, list[str]] = {}
     for name, captions in read_captions(path, Table()):
         if kept := [caption for caption in captions if caption.strip()]:
@@ -123,6 +151,24 @@ def _by_image(path: Path) -> dict[str, list[str]]:
     if not found:
         raise UserError(f"{path}: holds no captions")
     return found
+
+
+def _written(path: Path) -> dict[str, str]:
+    """The one caption of each image; a model may have written an empty one."""
+    found: dict[str, str] = {}
+    for name, captions in read_captions(path, Table()):
+        if len(captions) != 1 or name in found:
+            count = len(captions) + (name in found)
+            raise UserError(f"{path}: {name} has {count or 'no'} captions; one of each image is scored")
+        found[name] = captions[0]
+    if not found:
+        raise UserError(f"{path}: holds no captions")
+    return found
+
+
+def _same_script(caption: str, references: Sequence[str]) -> bool:
+    """Whether one reference at least is written as the caption is: with spaces, or in a script without."""
+    return has_unspaced(caption) in map(has_unspaced, references)
 
 
 def _matched(captions: dict[str, str], references: dict[str, list[str]], args: argparse.Namespace) -> dict[str, str]:
@@ -147,5 +193,5 @@ def _matched(captions: dict[str, str], references: dict[str, list[str]], args: a
     return found
 
 
-def _line(tokens: Tokens) -> str:
+def _line(tokens: Iterable[str]) -> str:
     return " ".join(tokens) or EMPTY

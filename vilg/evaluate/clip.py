@@ -22,7 +22,7 @@ def drawn_pictures(folder: Path) -> list[tuple[Path, str]]:
     """(picture, prompt) of what `vilg generate` kept, from its scores.jsonl. Raises UserError naming file and line."""
     path = folder / "scores.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}; name a folder that `vilg generate` wrote") from None
     found = []
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--batch {args.batch}: at least one pair")
     check_device(args.device)
     pairs = drawn_pictures(args.pictures)
-    scores = similarities(ClipScorer(args.clip, device=args.device), pairs, batch=args.batch)
+    scores = similarities(ClipScorer(args.clip, device=args.device, option="--clip"), pairs, batch=args.batch)
     by_prompt: dict[str, list[float]] = {}
     for (_, prompt), score in zip(pairs, scores.tolist(), strict=True):
         by_prompt.setdefault(prompt, []).append(score)

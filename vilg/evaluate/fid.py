@@ -85,6 +85,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("give a folder of drawn pictures, or --reconstruct MODEL, not both")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: at least one picture")
+    if args.side is not None and args.side < 1:
+        raise UserError(f"--side {args.side}: at least one pixel; leave it out for the drawn pictures' own")
     check_device(args.device)
 
     network = Inception(args.inception, sha256=args.sha256, resize=args.resize, device=args.device)

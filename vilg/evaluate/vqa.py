@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _read(path: Path) -> dict[Key, list[str]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
     found: dict[Key, list[str]] = {}

@@ -1,12 +1,11 @@
 """`vilg generate`."""
 
 import argparse
-import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,12 +14,13 @@ from vilg.data.filters.similarity import ClipScorer
 from vilg.errors import UserError
 from vilg.inference.decode import DECODES
 from vilg.inference.drawing import OnStep
+from vilg.inference.drawn_folder import DrawnFolder, files_stamp
 from vilg.inference.generate import draw_images
-from vilg.inference.options import is_main, opened, parse_options, read_lines
-from vilg.inference.pictures import png_bytes
+from vilg.inference.load import Bundle, read_sampling, read_segment
+from vilg.inference.options import is_first_process, is_main, of_first_process, opened, parse_options, read_lines
 from vilg.inference.rerank import clip_scores, rerank_scores
-from vilg.pictures.sheet import Cell, Picture, Section, sample_sheet
-from vilg.tokens.files import write_atomically
+from vilg.inference.sampling import SamplingConfig, changed_sampling
+from vilg.inference.texts import cut_note
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
@@ -45,44 +45,96 @@ def generate_main(argv: Sequence[str]) -> int:
         "--decode", choices=DECODES, default="auto",
         help="pixels from the codebook, or from hidden states by the reconstructor of end-to-end training (auto: if any)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder for grid.png, pictures and scores.jsonl")
+    parser.add_argument(
+        "--out", type=Path, required=True,
+        help="folder for grid.png, pictures and scores.jsonl; a run that was stopped goes on in its own",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in --out")
     args = parse_options(parser, argv, temperature=None)
     if args.num < 1:
         raise UserError(f"--num {args.num}: draw at least one candidate")
     if not 0 <= args.best <= args.num:
         raise UserError(f"--best {args.best}: keep between 1 and --num {args.num} candidates, or 0 for all")
+    prompts = _prompts(args)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file; name a folder")
+    segment = read_segment(args.model)
+    fitted = [segment.prompt(prompt, truncate=args.truncate) for prompt in prompts]
+    given = {name: getattr(args, name) for name in ("guidance", "guidance_start", "temperature", "top_k", "top_p")}
+    sampling = changed_sampling(read_sampling(args.model), given)
+    clip = ClipScorer(args.clip, device=args.device, option="--clip") if args.clip else None
+    scored_by = f"cosine by {args.clip}" if clip else "log-probability per prompt token"
+    facts = {"seed": args.seed, "score_is": scored_by} | asdict(sampling)
+    settings = facts | {"truncate": args.truncate, "decode": args.decode}
+    settings["model_files"] = files_stamp(args.model, without=args.out)
+    if args.clip:
+        settings["clip_files"] = files_stamp(args.clip, without=args.out)
+    folder = DrawnFolder(args.out, prompts, num=args.num, keep=args.best or args.num, settings=settings)
+    finished = 0
+    if is_first_process():  # before the model is read: a folder that will not do is said at once
+        finished = folder.claim(overwrite=args.overwrite)
+        if note := cut_note("prompt", fitted):
+            print(note, file=sys.stderr)
+
+    with opened(args.model, device=args.device) as bundle:
+        of_each = [each.facts("drawn") | facts for each in fitted]
+        _draw(bundle, folder, args, sampling, clip, facts=of_each, finished=finished)
+        if is_main(bundle):
+            print(folder.summary())
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts:
         lines = read_lines(args.prompts, option="--prompts", expected="one prompt a line")
         prompts += [line for _, line in lines]
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file; name a folder")
+    return prompts
 
-    clip = ClipScorer(args.clip, device=args.device) if args.clip else None
-    with opened(args.model, device=args.device) as bundle:
-        given = {name: getattr(args, name) for name in ("guidance", "guidance_start", "temperature", "top_k", "top_p")}
-        sampling = replace(bundle.sampling, **{name: value for name, value in given.items() if value is not None})
-        quiet = not is_main(bundle)
-        with tqdm(
-            total=len(prompts) * args.num, unit="image", desc="drawing", bar_format=_BAR, disable=quiet
-        ) as bar:
+
+def _draw(
+    bundle: Bundle,
+    folder: DrawnFolder,
+    args: argparse.Namespace,
+    sampling: SamplingConfig,
+    clip: ClipScorer | None,
+    *,
+    facts: Sequence[Mapping[str, object]],
+    finished: int,
+) -> None:
+    """Draw, score and write the prompts behind the first `finished`, as many at once as a batch holds."""
+    prompts, quiet = folder.prompts, not is_main(bundle)
+    at_once = max(1, args.batch // args.num)
+    finished = of_first_process(finished)
+    if finished < len(prompts):  # what was begun together is drawn together again: sums may round otherwise
+        finished -= finished % at_once
+    if not quiet:
+        folder.begin(finished)
+        if finished:
+            print(f"{finished} of {len(prompts)} prompts were drawn before; going on behind them", file=sys.stderr)
+    with tqdm(
+        total=len(prompts) * args.num, initial=finished * args.num, unit="image", desc="drawing", bar_format=_BAR,
+        disable=quiet,
+    ) as bar:  # fmt: skip
+        on_step = _advance(bar, bundle.spec.image_slots)
+        for start in range(finished, len(prompts), at_once):
+            part = prompts[start : start + at_once]
             images, codes = draw_images(
-                bundle, prompts, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch,
-                truncate=args.truncate, graph=not args.eager, decode=args.decode,
-                on_step=_advance(bar, bundle.spec.image_slots),
+                bundle, part, num=args.num, seed=args.seed, sampling=sampling, batch_rows=args.batch,
+                truncate=args.truncate, graph=not args.eager, decode=args.decode, on_step=on_step,
             )  # fmt: skip
-        if clip is None:
-            scores, scored_by = rerank_scores(bundle, prompts, codes), "log-probability per prompt token"
-        else:
-            scores, scored_by = clip_scores(clip, prompts, images, batch=args.batch), f"cosine by {args.clip}"
-        if quiet:
-            return 0
-        facts = {"seed": args.seed, "score_is": scored_by} | asdict(sampling)
-        _write_pictures(args.out, prompts, images, scores, keep=args.best or args.num, facts=facts)
-        print(f"{len(prompts)} prompts x {args.best or args.num} of {args.num} candidates -> {args.out / 'grid.png'}")
-    return 0
+            if clip is None:
+                scores = rerank_scores(bundle, part, codes, batch=args.batch)
+            else:
+                scores = clip_scores(clip, part, images, batch=args.batch)
+            if not quiet:
+                for row, (drawn, scored) in enumerate(zip(images, scores, strict=True), start):
+                    folder.add(row, drawn, scored, facts[row])
+                folder.write_grid(start + len(part))
+    if not quiet:
+        folder.write_grid(len(prompts))
 
 
 def _advance(bar: tqdm, num_slots: int) -> OnStep:
@@ -97,33 +149,3 @@ def _advance(bar: tqdm, num_slots: int) -> OnStep:
             bar.update(len(codes) * past / num_slots)
 
     return on_step
-
-
-def _write_pictures(
-    out: Path,
-    prompts: Sequence[str],
-    images: np.ndarray,
-    scores: np.ndarray,
-    *,
-    keep: int,
-    facts: Mapping[str, object],
-) -> None:
-    """Pictures as NNNN_RR.png (prompt, rank) with their facts as PNG text, one grid, one JSON line a candidate."""
-    lines, cells = [], []
-    for row, prompt in enumerate(prompts):
-        order = np.argsort(-scores[row], kind="stable")
-        for rank, candidate in enumerate(order):
-            kept = rank < keep
-            name = f"{row:04d}_{rank:02d}.png"
-            score = round(float(scores[row, candidate]), 6)
-            all_facts = {"prompt": prompt, "candidate": int(candidate), "score": score} | facts
-            lines.append(all_facts | {"file": name if kept else None})
-            if kept:
-                write_atomically(out / name, png_bytes(images[row, candidate], all_facts))
-        shown = [Picture(images[row, i], f"{scores[row, i]:.2f}") for i in order[:keep]]
-        cells.append(Cell(shown, [prompt]))
-    columns = max(1, 8 // keep)
-    note = f"under each picture: {facts['score_is']}"
-    sample_sheet([Section("", cells, columns=columns, note=note)], out / "grid.png")
-    scores_text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(out / "scores.jsonl", scores_text.encode())

@@ -95,8 +95,8 @@ def draw_images(
 ) -> tuple[np.ndarray, Tensor]:
     """Pictures for prompts: uint8 [P, num, height, width, 3] and their codes int64 [P, num, N].
 
-    decode: as `decode_pictures`. Raises UserError naming a prompt that is empty or, without `truncate`, does not fit the
-    text segment, and as `decode_pictures` does.
+    batch_rows: candidates decoded together, to codes and to pixels. decode: as `decode_pictures`. Raises UserError
+    naming a prompt that is empty or, without `truncate`, does not fit the text segment, and as `decode_pictures` does.
     """
     decode = chosen(bundle, decode)
     ids = [bundle.encode_prompt(prompt, truncate=truncate) for prompt in prompts]
@@ -113,5 +113,5 @@ def draw_images(
         on_step=on_step,
     )
     repeated = [row for row in ids for _ in range(num)]
-    images = decode_pictures(bundle, repeated, codes.flatten(0, 1), decode=decode)
+    images = decode_pictures(bundle, repeated, codes.flatten(0, 1), decode=decode, batch=batch_rows)
     return images.reshape(len(prompts), num, *images.shape[1:]), codes

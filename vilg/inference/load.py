@@ -25,6 +25,7 @@ from vilg.inference.format import (
     sampling_of,
 )
 from vilg.inference.sampling import SamplingConfig
+from vilg.inference.texts import TextSegment
 from vilg.inference.weights import NO_EXPORT, FolderWeights
 from vilg.model.reconstructor import Reconstructor, load_reconstructor
 from vilg.model.vilg import Vilg
@@ -59,26 +60,14 @@ class Bundle:
         """(height, width) of pictures in pixels."""
         return self.spec.grid[0] * self.image.factor, self.spec.grid[1] * self.image.factor
 
+    @property
+    def segment(self) -> TextSegment:
+        """Fits prompts and questions into the text slots."""
+        return TextSegment(self.text, self.spec.text_slots)
+
     def encode_prompt(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """Token ids of a prompt; with `truncate` the first T of them. Raises UserError if it is empty or longer than
-        the text segment."""
-        return self._encode("prompt", prompt, self.spec.text_slots, truncate, wanted="what the picture should show")
-
-    def encode_question(self, question: str, *, truncate: bool = False) -> list[int]:
-        """Token ids of a question; with `truncate` the first T - 2: the answer begins and has one token or more.
-        Raises UserError as for prompts."""
-        return self._encode("question", question, self.spec.text_slots - 2, truncate, wanted="what to ask")
-
-    def _encode(self, kind: str, text: str, most: int, truncate: bool, *, wanted: str) -> list[int]:
-        ids = self.text.encode(text)
-        if not ids:
-            raise UserError(f"{kind} {text!r} is empty; write {wanted}")
-        if len(ids) > most and not truncate:
-            raise UserError(
-                f"{kind} {text!r} has {len(ids)} tokens, but the text segment has room for {most}; shorten it, or "
-                "have it cut (truncate)"
-            )
-        return ids[:most]
+        """Token ids of a prompt, at most T; `TextSegment.prompt` says more of one that is cut, and what is raised."""
+        return self.segment.prompt(prompt, truncate=truncate).ids
 
     def prompt_seed(self, prompt: str, seed: int) -> int:
         """Seed of a prompt's candidates: of (seed, prompt) only, so its place in a batch file does not matter."""
@@ -121,6 +110,20 @@ def read_description(folder: Path) -> Description:
         )
 
 
+def read_sampling(folder: Path) -> SamplingConfig:
+    """How the export draws where nothing else is asked for. Raises UserError."""
+    generation = _read_versioned(folder / GENERATION_FILE)
+    with _described_by(folder / GENERATION_FILE):
+        return sampling_of(generation)
+
+
+def read_segment(folder: Path) -> TextSegment:
+    """The text segment of an export folder, without its weights: texts that do not fit are found in no time. Raises
+    UserError."""
+    slots = read_description(folder).spec.text_slots
+    return TextSegment(TextTokenizer.load(folder / TEXT_MODEL_FILE), slots)
+
+
 def load_model(
     folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None, grid: Grid | None = None
 ) -> Bundle:
@@ -134,9 +137,7 @@ def load_model(
     grid = grid or Grid.single()
     folder = Path(folder)
     description = read_description(folder)
-    generation = _read_versioned(folder / GENERATION_FILE)
-    with _described_by(folder / GENERATION_FILE):
-        sampling = sampling_of(generation)
+    sampling = read_sampling(folder)
     text = TextTokenizer.load(folder / TEXT_MODEL_FILE)
     image = ImageTokenizer.load(folder / IMAGE_TOKENIZER_FOLDER, device=device)
     found = {"text": (TEXT_MODEL_FILE, text.hash), "image": (IMAGE_TOKENIZER_FOLDER, image.hash)}

@@ -62,10 +62,24 @@ def is_main(bundle: Bundle) -> bool:
     return bundle.model.grid.rank == 0
 
 
+def is_first_process() -> bool:
+    """The same before the model is there: of the processes that torchrun started, the one that will write and print."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def of_first_process(value: int) -> int:
+    """The first process's `value` in every process, once the model is opened. Others may not see its files."""
+    if dist.is_initialized():
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+    return value
+
+
 def check_device(name: str) -> None:
     """Raise UserError unless torch can compute on `--device name` here."""
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # read back, which the meta device cannot
     except (RuntimeError, AssertionError) as error:  # an unknown name; a GPU that is not there, or torch without CUDA
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: cannot be used here ({reason}); use cpu, or cuda with a GPU") from None
@@ -74,7 +88,7 @@ def check_device(name: str) -> None:
 def read_lines(path: Path, *, option: str, expected: str) -> list[tuple[int, str]]:
     """Lines of a UTF-8 file that are not blank, stripped, with their numbers from 1. Raises UserError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors on Windows begin files with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {path}: {error}; expected a UTF-8 file with {expected}") from None
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

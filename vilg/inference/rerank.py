@@ -16,16 +16,16 @@ from vilg.inference.load import Bundle
 from vilg.tokens.vqgan.images import prepare_image
 
 
-def rerank_scores(bundle: Bundle, prompts: Sequence[str], codes: Tensor) -> np.ndarray:
+def rerank_scores(bundle: Bundle, prompts: Sequence[str], codes: Tensor, *, batch: int = 64) -> np.ndarray:
     """Inverse-prompting scores float32 [P, K] of codes int64 [P, K, N]: mean log-probability per prompt token.
 
     A prompt that fills the whole text segment, or is longer, is cut to T - 1 tokens here: as a target it shares the
-    segment with the begin token.
+    segment with the begin token. batch: pictures judged together.
     """
     num = codes.shape[1]
     most = bundle.spec.text_slots - 1
     texts = [bundle.encode_prompt(prompt, truncate=True)[:most] for prompt in prompts for _ in range(num)]
-    scores = text_log_likelihood(bundle.model, bundle.spec, codes.flatten(0, 1), texts)
+    scores = text_log_likelihood(bundle.model, bundle.spec, codes.flatten(0, 1), texts, batch=batch)
     return scores.view(len(prompts), num).numpy()
 
 

@@ -3,7 +3,8 @@
 Shapes: R rows (one per candidate), V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 from vilg.errors import UserError
 
 _PURPOSE_CANDIDATE = 0x5A4D  # keeps candidates' streams apart from every other use of the same seed
+
+# Far beyond what anybody draws with, and far from where float32 logits turn into infinities.
+MOST_GUIDANCE = 100.0
+TEMPERATURES = (1e-3, 1e3)
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,41 @@ class SamplingConfig:
         return self.guidance != 1 or self.guidance_start not in (None, 1)
 
     def __post_init__(self) -> None:
+        scale = f"at least 0 and at most {MOST_GUIDANCE:g}; 1 is no guidance"
+        coldest, hottest = TEMPERATURES
         rules = {
-            "guidance": (self.guidance >= 0, "at least 0; 1 is no guidance"),
-            "guidance_start": (self.guidance_start is None or self.guidance_start >= 0, "at least 0; 1 is no guidance"),
-            "temperature": (self.temperature >= 0, "at least 0; 0 is greedy"),
+            "guidance": (0 <= self.guidance <= MOST_GUIDANCE, scale),
+            "guidance_start": (self.guidance_start is None or 0 <= self.guidance_start <= MOST_GUIDANCE, scale),
+            "temperature": (
+                self.temperature == 0 or coldest <= self.temperature <= hottest,
+                f"0 (greedy), or at least {coldest:g} and at most {hottest:g}",
+            ),
             "top_k": (self.top_k >= 0, "at least 0; 0 keeps all"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1; 1 keeps all"),
         }
         for name, (holds, allowed) in rules.items():
             if not holds:
                 raise UserError(f"{name}={getattr(self, name)}: must be {allowed}")
+
+
+def changed_sampling(base: SamplingConfig, given: Mapping[str, float | int | None]) -> SamplingConfig:
+    """`base` with what a user gave (None: not given). Raises UserError for a bad value and for one without effect."""
+    changed = replace(base, **{name: value for name, value in given.items() if value is not None})
+    check_effect(changed, base=base)
+    return changed
+
+
+def check_effect(sampling: SamplingConfig, *, base: SamplingConfig) -> None:
+    """Raise UserError for a cut that differs from that of `base` where drawing is greedy: it would change nothing."""
+    if sampling.temperature != 0:
+        return
+    for name, off in (("top_k", 0), ("top_p", 1.0)):
+        value = getattr(sampling, name)
+        if value not in (off, getattr(base, name)):
+            raise UserError(
+                f"{name}={value}: limits what is sampled, but temperature=0 is greedy; give a temperature above 0, 1 say, "
+                "or leave it out"
+            )
 
 
 def candidate_uniforms(seed: int, candidate: int, count: int) -> np.ndarray:

@@ -2,15 +2,17 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vilg.errors import UserError
-from vilg.inference.caption import GREEDY, answer_codes, caption_codes, check_writing
+from vilg.inference.caption import MOST_BEAMS, answer_codes, caption_codes, writing_sampling
+from vilg.inference.load import read_segment
 from vilg.inference.options import encode_files, is_main, opened, parse_options, read_lines
+from vilg.inference.texts import cut_note
 
 
 def caption_main(argv: Sequence[str]) -> int:
@@ -48,32 +50,39 @@ def answer_main(argv: Sequence[str]) -> int:
         raise UserError("no question: give IMAGE --question TEXT, or --questions FILE")
     files = list(dict.fromkeys(path for _, path, _ in asked))
     place = {path: number for number, path in enumerate(files)}
+    segment = read_segment(args.model)
+    questions = [segment.question(question, truncate=args.truncate) for _, _, question in asked]
     with opened(args.model, device=args.device) as bundle:
-        questions = [bundle.encode_question(question, truncate=args.truncate) for _, _, question in asked]
         codes = encode_files(bundle, files, batch=args.batch)[[place[path] for _, path, _ in asked]]
         with tqdm(total=len(asked), unit="answer", desc="answering", disable=not is_main(bundle)) as bar:
             answers = answer_codes(
-                bundle.model, bundle.spec, bundle.text, codes, questions, progress=bar.update, **settings
-            )
+                bundle.model, bundle.spec, bundle.text, codes, [question.ids for question in questions],
+                progress=bar.update, **settings,
+            )  # fmt: skip
         if is_main(bundle):
-            for (image, _, question), answer in zip(asked, answers, strict=True):
-                print(json.dumps({"image": image, "question": question, "answer": answer}, ensure_ascii=False))
+            for (image, _, question), fitted, answer in zip(asked, questions, answers, strict=True):
+                line = {"image": image, "question": question, "answer": answer} | fitted.facts("asked")
+                print(json.dumps(line, ensure_ascii=False))
+            if note := cut_note("question", questions):
+                print(note, file=sys.stderr)
     return 0
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict]:
     """The options, and the settings of `answer_codes` among them."""
     parser.add_argument("--language", choices=("zh", "en"), help="the text's script; the model chooses otherwise")
-    parser.add_argument("--beams", type=int, default=1, help="beam search with this many beams; 1 is none")
+    parser.add_argument(
+        "--beams", "--num-beams", dest="num_beams", type=int, default=1,
+        help=f"beam search with this many beams, at most {MOST_BEAMS}; 1 is none",
+    )  # fmt: skip
     parser.add_argument(
         "--length-penalty", type=float, default=1.0,
         help="of beam search: log-probability / (number of tokens ** this); larger favours longer texts",
     )  # fmt: skip
     args = parse_options(parser, argv, temperature=0.0)
+    how = dict(num_beams=args.num_beams, length_penalty=args.length_penalty)
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    sampling = replace(GREEDY, **{name: value for name, value in given.items() if value is not None})
-    how = dict(sampling=sampling, beams=args.beams, length_penalty=args.length_penalty)
-    check_writing(**how)
+    how["sampling"] = writing_sampling(given, **how)
     return args, dict(how, language=args.language, seed=args.seed, batch=args.batch)
 
 

@@ -1,5 +1,6 @@
 """Writing files so that a reader sees the old content or the new, never half of one."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,4 +21,5 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot write: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing could be made, there is nothing to remove either
+            temporary.unlink(missing_ok=True)

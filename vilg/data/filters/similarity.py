@@ -26,16 +26,16 @@ class ClipScorer:
     """Cosine of the embeddings of a CLIP or Chinese-CLIP model, fp32, from a folder that transformers saved.
 
     Nothing is downloaded, no code of the folder is run, and weights are read from safetensors only. Raises UserError if
-    transformers is missing or the folder is no such model.
+    transformers is missing or the folder is no such model; option: what the user named the folder with.
     """
 
-    def __init__(self, folder: Path, *, device: str | None = None):
+    def __init__(self, folder: Path, *, device: str | None = None, option: str = "similarity.model"):
         if not folder.is_dir():
-            raise UserError(f"similarity.model: {folder} is no folder; download a CLIP or Chinese-CLIP model into it")
+            raise UserError(f"{option}: {folder} is no folder; download a CLIP or Chinese-CLIP model into it")
         try:
             from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
         except ImportError as error:
-            raise UserError(f"the similarity filter needs transformers ({error}): pip install transformers") from None
+            raise UserError(f"{option} needs transformers ({error}): pip install transformers") from None
         local = {"local_files_only": True, "trust_remote_code": False}
         try:
             config = AutoConfig.from_pretrained(folder, **local)
@@ -45,7 +45,7 @@ class ClipScorer:
             self._processor = AutoImageProcessor.from_pretrained(folder, **local)
             model = AutoModel.from_pretrained(folder, use_safetensors=True, **local)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(f"similarity.model: {folder} holds no CLIP model that can be loaded: {error}") from None
+            raise UserError(f"{option}: {folder} holds no CLIP model that can be loaded: {error}") from None
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.float().eval().to(self._device)
         self._text_length = config.text_config.max_position_embeddings

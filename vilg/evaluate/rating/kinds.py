@@ -1,8 +1,9 @@
 """What people are asked, by kind of output: the criteria and scales of ERNIE-ViLG (arXiv 2112.15283, section 4).
 
-Pictures: clarity, texture and relevance from 1 to 5 on 500 texts in nine categories. Captions: fluency, relevance and
-richness from 0 to 2. Answers: whether a person wrote them (the Turing test) and how good they are from 0 to 2, as Gao et
-al. ask of FM-IQA (arXiv 1505.05612). The wording of the questions is ours.
+Pictures: clarity, texture and relevance from 1 to 5 on 500 texts in nine categories; that list is not public, and its
+categories are known to us by size alone, so an item's category is a free text. Captions: fluency, relevance and richness
+from 0 to 2. Answers: whether a person wrote them (the Turing test) and how good they are from 0 to 2, as Gao et al. ask
+of FM-IQA (arXiv 1505.05612). The wording of the questions is ours.
 """
 
 from dataclasses import dataclass

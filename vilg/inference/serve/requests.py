@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vilg.config.marked import did_you_mean
-from vilg.inference.caption import Language
+from vilg.inference.caption import MOST_BEAMS, Language
 from vilg.inference.serve.errors import ApiError, invalid
 
 LARGEST_SEED = 2**63 - 1
@@ -42,7 +42,7 @@ class CaptionsRequest(_Request):
 
     image: str | bytes = Field(description="JPEG, PNG or WebP in base64 or as a data URL; in a form, the file itself")
     language: Language | None = Field(default=None, description="the text's script, zh or en")
-    num_beams: int = Field(default=1, ge=1, le=16, description="above 1: beam search in place of sampling")
+    num_beams: int = Field(default=1, ge=1, le=MOST_BEAMS, description="above 1: beam search in place of sampling")
     length_penalty: float = Field(default=1.0, description="exponent of the length in beam search")
 
 

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from vilg.errors import UserError
-from vilg.inference.caption import GREEDY, answer_codes, check_writing
+from vilg.inference.caption import answer_codes, writing_sampling
 from vilg.inference.generate import draw_images
 from vilg.inference.load import Bundle
 from vilg.inference.pictures import png_bytes
 from vilg.inference.rerank import rerank_scores
+from vilg.inference.sampling import changed_sampling
 from vilg.inference.serve.errors import invalid
 from vilg.inference.serve.requests import AnswersRequest, CaptionsRequest, ImagesRequest
 from vilg.inference.serve.worker import Job, Progress
+from vilg.inference.texts import Fitted
 from vilg.tokens.vqgan.images import BadImage, decode_image
 
 Work = Callable[[Job], dict[str, Any]]
@@ -54,9 +56,9 @@ def plan_images(bundle: Bundle, request: ImagesRequest, limits: Limits) -> Work:
         raise invalid(f"size={request.size}: this model draws {size}", param="size")
     given = {name: getattr(request, name) for name in ("guidance", "guidance_start", "temperature", "top_k", "top_p")}
     with _mistakes_of():
-        sampling = replace(bundle.sampling, **{name: value for name, value in given.items() if value is not None})
+        sampling = changed_sampling(bundle.sampling, given)
     with _mistakes_of("prompt"):
-        bundle.encode_prompt(request.prompt, truncate=request.truncate)
+        cut = bundle.segment.prompt(request.prompt, truncate=request.truncate).facts("drawn")
     seed = _seed(request.seed)
 
     def work(job: Job) -> dict[str, Any]:
@@ -65,16 +67,16 @@ def plan_images(bundle: Bundle, request: ImagesRequest, limits: Limits) -> Work:
             bundle, [request.prompt], num=candidates, seed=seed, sampling=sampling, batch_rows=limits.batch,
             truncate=request.truncate, progress=drawing.finish, on_step=drawing.step,
         )  # fmt: skip
-        scores = rerank_scores(bundle, [request.prompt], codes)[0]
+        scores = rerank_scores(bundle, [request.prompt], codes, batch=limits.batch)[0]
         data = []
         for candidate in np.argsort(-scores, kind="stable")[: request.n].tolist():
             score = round(float(scores[candidate]), 6)
-            facts = {"prompt": request.prompt, "seed": seed, "candidate": candidate, "score": score} | asdict(sampling)
+            facts = {"prompt": request.prompt, "seed": seed, "candidate": candidate, "score": score} | cut | asdict(sampling)
             png = png_bytes(images[0, candidate], facts)
             data.append({"b64_json": base64.b64encode(png).decode(), "candidate": candidate, "score": score})
         return {
             "created": int(time.time()), "model": bundle.name, "data": data, "size": size, "output_format": "png",
-            "seed": seed, "sampling": asdict(sampling),
+            "seed": seed, "sampling": asdict(sampling), **cut,
         }  # fmt: skip
 
     return work
@@ -82,20 +84,20 @@ def plan_images(bundle: Bundle, request: ImagesRequest, limits: Limits) -> Work:
 
 def plan_caption(bundle: Bundle, request: CaptionsRequest, limits: Limits) -> Work:
     """Work that writes a caption. Raises ApiError."""
-    return _plan_text(bundle, request, [], "caption")
+    return _plan_text(bundle, request, None, "caption")
 
 
 def plan_answer(bundle: Bundle, request: AnswersRequest, limits: Limits) -> Work:
     """Work that answers a question. Raises ApiError."""
     with _mistakes_of("question"):
-        question = bundle.encode_question(request.question, truncate=request.truncate)
+        question = bundle.segment.question(request.question, truncate=request.truncate)
     return _plan_text(bundle, request, question, "answer")
 
 
-def _plan_text(bundle: Bundle, request: CaptionsRequest, question: list[int], name: str) -> Work:
+def _plan_text(bundle: Bundle, request: CaptionsRequest, question: Fitted | None, name: str) -> Work:
     with _mistakes_of():
-        sampling = GREEDY if request.temperature is None else replace(GREEDY, temperature=request.temperature)
-        check_writing(sampling, beams=request.num_beams, length_penalty=request.length_penalty)
+        how = dict(num_beams=request.num_beams, length_penalty=request.length_penalty)
+        sampling = writing_sampling({"temperature": request.temperature}, **how)
     image = _read_image(request.image, bundle.image_size[0])
     seed = _seed(request.seed)
 
@@ -103,11 +105,11 @@ def _plan_text(bundle: Bundle, request: CaptionsRequest, question: list[int], na
         job.report(Progress(total=1))
         codes = bundle.encode_images(image[None])
         texts = answer_codes(
-            bundle.model, bundle.spec, bundle.text, codes, [question],
-            language=request.language, sampling=sampling, beams=request.num_beams,
-            length_penalty=request.length_penalty, seed=seed,
+            bundle.model, bundle.spec, bundle.text, codes, [question.ids if question else []],
+            language=request.language, sampling=sampling, seed=seed, **how,
         )  # fmt: skip
-        return {"created": int(time.time()), "model": bundle.name, name: texts[0], "seed": seed}
+        cut = question.facts("asked") if question else {}
+        return {"created": int(time.time()), "model": bundle.name, name: texts[0], "seed": seed, **cut}
 
     return work
 

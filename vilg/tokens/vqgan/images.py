@@ -5,19 +5,29 @@ Shapes: B batch, S side in pixels. Stored images are uint8 [S, S, 3] RGB, the ne
 """
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vilg.tokens.files import write_atomically
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_OTHERS = (
+    (re.compile(rb"GIF8[79]a"), "a GIF"),
+    (re.compile(rb"II\*\0|MM\0\*"), "a TIFF"),
+    (re.compile(rb"BM"), "a BMP"),
+    (re.compile(rb".{4}ftyp(avif|heic|mif1)", re.DOTALL), "an AVIF or HEIC"),
+    (re.compile(rb"%PDF"), "a PDF"),
+    (re.compile(rb"\s*<(\?xml|svg)"), "an SVG or other XML"),
+    (re.compile(rb"\xff\xd8|\x89PNG|RIFF.{4}WEBP", re.DOTALL), "the beginning of a damaged one"),
+)
 _BACKGROUND = (255, 255, 255)  # what shines through transparent pixels
 _SHEET_COLUMNS = 8
 
@@ -54,7 +64,18 @@ def decode_image(data: bytes, size: int, *, crop: Crop | None = None) -> np.ndar
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 return prepare_image(image, size, crop=crop)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(f"not a readable JPEG, PNG or WebP image of at least one pixel: {error}") from error
+        reason = _what_it_is(data) if isinstance(error, UnidentifiedImageError) else error
+        raise BadImage(f"not a readable JPEG, PNG or WebP image of at least one pixel: {reason}") from error
+
+
+def _what_it_is(data: bytes) -> str:
+    """What bytes are that none of the formats opens: by how they begin, since other decoders are no business of ours."""
+    if not data:
+        return "it is empty"
+    for begins, name in _OTHERS:
+        if begins.match(data):
+            return f"it is {name}"
+    return f"it begins with {data[:8]!r}"
 
 
 def prepare_image(image: Image.Image, size: int, *, crop: Crop | None = None) -> np.ndarray:
