@@ -89,6 +89,20 @@ def test_search_lists_what_fits_fastest_first_and_keeps_the_rules():
     assert all(made.micro_size * made.micro_batches * made.data == 2048 for made in found)
 
 
+def test_search_offers_no_tensor_ranks_where_neighbours_share_weights():
+    recipe = load_recipe(str(ROOT / "launch/recipes/10b.yaml"))
+    found = search(recipe, gpus=32, gpu="a100-80g")
+    shared = [made for made in found if made.zero_file.endswith("zero3-node.json")]
+    assert [made.tensor for made in shared] == [1] and any(made.tensor > 1 for made in found)
+
+
+def test_search_passes_over_a_broken_file_beside_the_recipes_own(tmp_path):
+    for name, extra in (("zero1.json", ""), ("zero2-mine.json", ', "data_types": {"grad_accum_dtype": "float32"}')):
+        (tmp_path / name).write_text(f'{{"zero_optimization": {{"stage": {name[4]}}}{extra}}}')
+    found = search(load_recipe(DEBUG, [f"parallel.deepspeed={tmp_path / 'zero1.json'}"]), gpus=2)
+    assert {Path(made.zero_file).name for made in found} == {"zero1.json"}
+
+
 def test_command_prints_figures_with_units_and_json(capsys):
     assert main([DEBUG, "--gpus", "2", "--model.dropout=0.0"]) == 0
     text = capsys.readouterr().out
