@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint, verify_files
+from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint
 from vilg.checkpoint.probes import PROBE_FILE
 from vilg.checkpoint.reader import open_weights
 from vilg.checkpoint.reconstructor_file import TOKENIZER, entries, read_reconstructor_file
-from vilg.checkpoint.state import STATE_FILE, RunState, read_state
+from vilg.checkpoint.state import STATE_FILE, RunState, is_whole
+from vilg.checkpoint.verify import verify_files
 from vilg.errors import UserError
 
 INCOMPLETE = 1
@@ -44,13 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run_report(run: Path) -> dict:
     """Checkpoints of a run, name -> whether whole, and the latest."""
-    whole = {}
-    for path in all_checkpoints(run):
-        try:
-            read_state(path)
-            whole[path.name] = True
-        except UserError:
-            whole[path.name] = False
+    whole = {path.name: is_whole(path) for path in all_checkpoints(run)}
     latest = latest_checkpoint(run)
     return {
         "run": str(run),

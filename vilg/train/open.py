@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from vilg.checkpoint.from_export import fill_from_export
-from vilg.checkpoint.load import verify_files
 from vilg.checkpoint.save import Saver
 from vilg.checkpoint.state import parameter_table, read_state, versions
+from vilg.checkpoint.verify import verify_files
 from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.data.loader import Loader, LoaderState, bad_sample_path, open_data
 from vilg.errors import UserError

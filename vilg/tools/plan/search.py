@@ -90,7 +90,8 @@ def _broken(candidate: Recipe, gpus: int, zero: dict, data: int) -> bool:
 
 
 def _zero_files(recipe: Recipe) -> dict[Path, dict]:
-    """The recipe's DeepSpeed file, which `load_recipe` has checked, and those of its folder that are named after a ZeRO stage and sound."""
+    """The recipe's DeepSpeed file, which `load_recipe` has checked, and those of its folder that are named after a ZeRO
+    stage and sound."""
     own = recipe.parallel.deepspeed
     others = sorted(path for path in own.parent.glob("zero*.json") if _ZERO_FILE.fullmatch(path.name))
     read = {path: read_deepspeed_file(path) for path in dict.fromkeys([own, *others])}
