@@ -189,6 +189,16 @@ def test_damage_that_the_probes_do_not_touch_is_found_by_the_checksum(trained, t
     assert export(checkpoint, tmp_path / "out", verify=False).difference is None
 
 
+def test_inspect_says_one_thing_of_a_checkpoint_with_a_changed_byte(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    _flip_a_low_bit(latest(run) / "model.safetensors")
+    assert vilg(["inspect", str(run)]) == 0  # names and sizes are right
+    capsys.readouterr()
+    assert vilg(["inspect", str(run), "--verify"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{latest(run).name}  NOT WHOLE" in printed and "not whole: " in printed and "bytes changed" in printed
+
+
 def test_every_file_that_an_export_reads_is_compared_whatever_the_layout(moved, tmp_path):
     for name, run in moved.items():
         checkpoint = shutil.copytree(latest(run), tmp_path / name)

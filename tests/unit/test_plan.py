@@ -122,6 +122,9 @@ def test_what_cannot_be_planned_is_refused():
         main([DEBUG, "--gpus", "5", "--parallel.tensor=2"])
     with pytest.raises(UserError, match="--gpus 5 is no multiple of parallel.tensor=2"):
         plan(load_recipe(DEBUG, ["parallel.tensor=2"]), gpus=5)
+    for wrong in (["--gpus", "0"], ["--gpus", "-4"], ["--gpus", "0", "--search"]):
+        with pytest.raises(UserError, match=rf"--gpus {wrong[1]} is no number of ranks; use 1 or more"):
+            main([DEBUG, *wrong])
     with pytest.raises(UserError, match="--gpu k80 is not in the table; use a100-40g"):
         main([DEBUG, "--gpu", "k80"])
     with pytest.raises(UserError, match="network=-1e"):

@@ -32,10 +32,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{options.path}: no such folder; name a run or one of its checkpoints/step_*")
     is_run = not (options.path / STATE_FILE).is_file()
     report = _run_report(options.path) if is_run else {}
+    checkpoint = None
     try:
-        report |= _checkpoint_report(find_checkpoint(options.path), verify=options.verify)
+        checkpoint = find_checkpoint(options.path)
+        report |= _checkpoint_report(checkpoint, verify=options.verify)
     except UserError as error:
         report |= {"whole": False, "problem": str(error)}
+        if is_run and checkpoint:
+            report["checkpoints"][checkpoint.name] = False  # its files looked right until they were read
     if options.json:
         print(json.dumps(report, indent=1))
     else:

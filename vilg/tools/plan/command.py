@@ -16,6 +16,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `vilg plan`; raises UserError, also for a recipe that does not fit."""
     given, rest = take_overrides(argv)
     options = _parser().parse_args(rest)
+    if options.gpus is not None and options.gpus < 1:
+        raise UserError(f"--gpus {options.gpus} is no number of ranks; use 1 or more, or leave it out")
     recipe = load_recipe(options.recipe, given, world_size=None if options.search else options.gpus)
     gpus = options.gpus or recipe.parallel.tensor * recipe.parallel.pipeline
     gpu = gpu_named(
