@@ -1,6 +1,7 @@
 """`vilg plan` on the shipped recipes: memory, traffic, time, what fits, and what would."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,37 @@ def test_recomputation_takes_memory_for_operations():
         seconds.append(made.step_seconds)
     assert memory == sorted(memory, reverse=True) and hardware == sorted(hardware) and seconds == sorted(seconds)
     assert hardware[0] == 1 and hardware[2] == pytest.approx(4 / 3, rel=0.12) and memory[2] < memory[0] / 4
+
+
+def test_activations_are_shown_for_every_way_of_recomputing(capsys):
+    recipe = load_recipe(SPLIT, ["parallel.recompute=full", "parallel.recompute_every=2"])
+    made = plan(recipe, gpus=64)
+    shown = made.activations_by_mode
+    assert shown["full"] == made.stages[made.worst_stage].memory.activations and shown["selective"] < shown["none"]
+    whole = plan(load_recipe(SPLIT, ["parallel.recompute=full"]), gpus=64).activations_by_mode
+    assert whole["full"] < shown["full"] < whole["selective"] == shown["selective"]
+    assert main([SPLIT, "--gpus", "64"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"by parallel.recompute: none \d+\.\d\d GiB, selective \d+\.\d\d GiB, full \d", text)
+    assert "NOT COUNTED" not in text
+
+
+def test_what_end_to_end_training_adds_is_said_not_to_be_counted(capsys):
+    end_to_end = ["--model.reconstructor.ramp_steps=4", "--model.reconstructor.joint_quantizer.lr=1e-2"]
+    for search_too in ([], ["--search"]):
+        assert main([DEBUG, "--gpus", "1", *search_too, *end_to_end]) == 0
+        assert "NOT COUNTED, neither memory nor time: model.reconstructor, model.reconstructor.joint" in capsys.readouterr().out
+
+
+def test_our_own_timed_run_is_predicted_as_the_docs_say():
+    timed = json.loads((ROOT / "benchmarks/results/train_step.json").read_text())
+    sparse = timed["contenders"]["sparse"]
+    given = [f"model.num_layers={timed['layers']}", f"batch.micro_size={timed['pairs']}", "parallel.recompute=none",
+             f"batch.global_size={timed['pairs'] * timed['accumulate']}", "parallel.deepspeed=ds_configs/zero1.json"]  # fmt: skip
+    made = plan(load_recipe(str(ROOT / "launch/recipes/10b.yaml"), given), gpus=1, gpu="h200")
+    allocated = made.memory_per_rank - made.stages[0].memory.overhead  # torch counts neither the context nor holes
+    assert made.step_seconds / (sparse["median_ms"] / 1e3) - 1 == pytest.approx(-0.21, abs=0.01)
+    assert allocated / 2**30 / sparse["peak_memory_gib"] - 1 == pytest.approx(0.03, abs=0.01)
 
 
 def test_slower_links_slow_what_they_carry():
