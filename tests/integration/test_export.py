@@ -276,6 +276,10 @@ def test_only_an_export_is_replaced_and_only_when_asked(trained, exported, tmp_p
     export(trained, old, dtype="fp16", overwrite=True)
     assert json.loads((old / "config.json").read_text())["dtype"] == "float16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "old"]
+    old.rename(tmp_path / ".old.replaced")  # a crash where names cannot be exchanged
+    with pytest.raises(UserError, match="old exists already"):
+        export(trained, old)
+    assert read_description(old) and sorted(path.name for path in tmp_path.iterdir()) == ["mine", "old"]
 
 
 def test_options_that_mean_nothing_are_refused(trained, tmp_path, capsys):

@@ -111,7 +111,7 @@ class Saver:
         try:
             _prune(job.final.parent, job.state.step, self.keep_last, self.keep_every)
         except OSError as error:  # the checkpoint itself is published: no reason to end the run
-            job.trouble = f"cannot delete {error.filename}: {write_failure(error)}"
+            job.trouble = f"cannot delete {error.filename or job.final.parent}: {write_failure(error)}"
 
     def _give_up(self, error: SharedError) -> None:
         """End the save that failed, and say what is left."""

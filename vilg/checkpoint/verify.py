@@ -39,7 +39,7 @@ def verify_file(checkpoint: Path, state: RunState, name: str) -> None:
 
 
 class ReadFiles:
-    """Verifies the files that somebody reads meanwhile, each once, in threads beside the reading, so that the bytes come
+    """Verifies the files that somebody reads meanwhile, each once, in threads beside the reading, so that bytes come
     from the disk once where memory holds them.
 
         with ReadFiles() as files:
