@@ -62,6 +62,11 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("eval scenes", "vilg.demo.evaluate:main", "score an export on the demo's scenes, both directions"),
     ),
 }
+# What people look for as a command and find elsewhere.
+NO_COMMAND = {
+    "import": "an export folder goes back into training by `vilg train RECIPE --init_from=FOLDER`, an image tokenizer that "
+    "others trained comes in by `vilg tokenizer import`",
+}
 COMMANDS: dict[str, Command] = {c.words: c for commands in GROUPS.values() for c in commands}
 
 
@@ -107,6 +112,8 @@ def _find(argv: list[str]) -> tuple[Command, list[str]]:
         command = COMMANDS.get(" ".join(argv[:count]))
         if command and len(argv) >= count:
             return command, argv[count:]
+    if argv[0] in NO_COMMAND:
+        raise UserError(f"there is no command '{argv[0]}': {NO_COMMAND[argv[0]]}")
     family = [words for words in COMMANDS if words.split()[0] == argv[0]]
     if family and (len(argv) == 1 or argv[1].startswith("-")):
         raise UserError(f"'{argv[0]}' needs one word more: {', '.join(family)}")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.distributed.helpers import run_distributed
 from tests.distributed.resume_support import Job, Layout, branch, differing, distance, latest, train_jobs
-from tests.golden.make import DEBUG_RECIPE, make_data, read_losses
+from tests.golden.make import DEBUG_RECIPE, ROOT, make_data, read_losses
 from vilg.__main__ import main as vilg
 from vilg.checkpoint.load import latest_checkpoint
 from vilg.checkpoint.save import Saver
@@ -87,6 +87,25 @@ def test_a_run_moves_from_plain_pytorch_to_pipeline_stages(common, unbroken, ses
     table = read_state(latest(moved)).parameters
     assert table["layers.0.segment"]["stage"] == 0 and table["layers.4.image_head.weight"]["stage"] == 1
     assert vilg(["inspect", str(moved), "--parameters"]) == 0
+
+
+def test_a_run_moves_to_zero_3_in_several_sub_groups_on_the_host_and_with_a_second_copy(common, unbroken, session_tmp):
+    small = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}  # many groups, few parameters kept whole
+    folder, jobs = session_tmp / "resume" / "groups", {}
+    # The second copy last: DeepSpeed keeps its group of ranks as long as the process lives.
+    for name, source, added in (("host", "zero3-offload", {}), ("copy", "zero3", {"zero_hpz_partition_size": 2})):
+        run = branch(unbroken, "step_00000006", folder / name)
+        config = json.loads((ROOT / "ds_configs" / f"{source}.json").read_text())
+        config["zero_optimization"] |= {**small, **added}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        overrides = {**common, "parallel.deepspeed": folder / f"{name}.json", "run_dir": run}
+        jobs[run] = Job(overrides, save_first=True)
+    assert run_distributed(2, train_jobs, (list(jobs.values()),), init=False) == [[None, None]] * 2
+    for run in jobs:
+        assert differing(run / "checkpoints" / "step_00000006", unbroken / "checkpoints" / "step_00000006") == []
+        assert read_losses(run) == pytest.approx(read_losses(unbroken), rel=1e-6)
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert distance(latest(run), latest(unbroken), kind) < 1e-4
 
 
 def test_a_harmful_change_needs_its_key_named_and_then_continues(common, unbroken, session_tmp, capsys):

@@ -171,6 +171,47 @@ def test_a_checkpoint_that_is_not_whole_is_not_exported(trained, tmp_path, harm,
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def _flip_a_low_bit(path: Path) -> None:
+    """In a weight of a text piece that the probes do not use."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + length])["layers.0.text_table.weight"]
+    content[8 + length + table["data_offsets"][0]] ^= 1  # piece 0, <unk>
+    path.write_bytes(content)
+
+
+def test_damage_that_the_probes_do_not_touch_is_found_by_the_checksum(trained, tmp_path):
+    checkpoint = shutil.copytree(latest(trained), tmp_path / "checkpoint")
+    _flip_a_low_bit(checkpoint / "model.safetensors")
+    with pytest.raises(UserError, match="checkpoint/model.safetensors: its bytes changed since it was written"):
+        export(checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert export(checkpoint, tmp_path / "out", verify=False).difference is None
+
+
+def test_inspect_says_one_thing_of_a_checkpoint_with_a_changed_byte(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    _flip_a_low_bit(latest(run) / "model.safetensors")
+    assert vilg(["inspect", str(run)]) == 0  # names and sizes are right
+    capsys.readouterr()
+    assert vilg(["inspect", str(run), "--verify"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{latest(run).name}  NOT WHOLE" in printed and "not whole: " in printed and "bytes changed" in printed
+
+
+def test_every_file_that_an_export_reads_is_compared_whatever_the_layout(moved, tmp_path):
+    for name, run in moved.items():
+        checkpoint = shutil.copytree(latest(run), tmp_path / name)
+        opened = set()
+        weights = open_weights(checkpoint, on_open=lambda folder, state, file: opened.add(file))
+        assert [weights.read(parameter, kind="master") for parameter in weights.names] and opened
+        path = checkpoint / max(opened)
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the zip's end, which torch does not miss
+        with pytest.raises(UserError, match=f"{path.name}: its bytes changed"):
+            export(checkpoint, tmp_path / "out")
+
+
 def _other_text(folder: Path) -> dict:
     train_text_tokenizer(["a dog"], folder / "other.model", vocab_size=290)
     return {"text_model": folder / "other.model"}
@@ -235,6 +276,10 @@ def test_only_an_export_is_replaced_and_only_when_asked(trained, exported, tmp_p
     export(trained, old, dtype="fp16", overwrite=True)
     assert json.loads((old / "config.json").read_text())["dtype"] == "float16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "old"]
+    old.rename(tmp_path / ".old.replaced")  # a crash where names cannot be exchanged
+    with pytest.raises(UserError, match="old exists already"):
+        export(trained, old)
+    assert read_description(old) and sorted(path.name for path in tmp_path.iterdir()) == ["mine", "old"]
 
 
 def test_options_that_mean_nothing_are_refused(trained, tmp_path, capsys):

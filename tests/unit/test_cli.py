@@ -44,6 +44,7 @@ def test_every_command_explains_its_options(words, capsys):
         (["dta", "tokenize"], "there is no command 'dta tokenize'; did you mean 'data tokenize'?"),
         (["data"], "'data' needs one word more: data ingest, data tokenize, data lint, data index"),
         (["eval", "--help"], "'eval' needs one word more: eval caption, eval fid, eval vqa, eval clip, eval rating-sheet, eval rating-tally, eval scenes"),
+        (["import", "runs/mine/export"], f"there is no command 'import': {cli.NO_COMMAND['import']}"),
         (["qqqq"], "there is no command 'qqqq'; vilg --help lists them"),
     ],
 )

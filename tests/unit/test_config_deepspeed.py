@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vilg.config.deepspeed import merged_deepspeed_config, read_deepspeed_file
-from vilg.config.deepspeed_keys import ALLOWED, NOT_USED, OWNED_BY_RECIPE, REMOVED
+from vilg.config.deepspeed_keys import ALLOWED, NOT_USED, OWNED_BY_RECIPE, REMOVED, Kind
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 
@@ -79,14 +79,41 @@ def test_features_without_effect_are_refused(tmp_path, key, expected):
 @pytest.mark.parametrize("stage", ["4", "-1", '"1"', "true", "1.0", "null"])
 def test_zero_stage_must_exist(tmp_path, stage):
     text = f'{{"zero_optimization": {{"stage": {stage}}}}}'
-    assert any("use 0, 1, 2 or 3" in p for p in problems_of(tmp_path, text))
+    assert any("zero_optimization.stage: should be 0, 1, 2 or 3; found" in p for p in problems_of(tmp_path, text))
 
 
 def test_duplicate_key_and_wrong_nesting_are_refused(tmp_path):
     text = '{"zero_optimization": 2, "wall_clock_breakdown": {"a": 1}, "dump_state": true, "dump_state": false}'
     messages = " ".join(problems_of(tmp_path, text))
-    for expected in ("should be a section", "should be a value", "dump_state: given twice"):
+    for expected in ("should be a section", 'wall_clock_breakdown: should be true or false; found {"a": 1}', "dump_state: given twice"):
         assert expected in messages
+
+
+@pytest.mark.parametrize(
+    "section, key, value, expected",
+    [
+        ("zero_optimization", "reduce_bucket_size", '"big"', 'a whole number of 1 or more; found "big"'),
+        ("zero_optimization", "zero_hpz_partition_size", '"8"', 'a whole number of 0 or more; found "8"'),
+        ("zero_optimization", "allgather_bucket_size", "1.5", "a whole number of 0 or more; found 1.5"),
+        ("zero_optimization", "overlap_comm", "1", "true or false; found 1"),
+        ("data_types", "grad_accum_dtype", '"float32"', '"fp32", "bf16" or "fp16"; found "float32"'),
+        ("checkpoint", "tag_validation", "null", '"Warn", "Ignore" or "Fail"; found null'),
+    ],
+)
+def test_wrong_values_are_refused_with_what_would_be_right(tmp_path, section, key, value, expected):
+    (problem,) = problems_of(tmp_path, f'{{"{section}": {{"{key}": {value}}}}}')
+    assert f"{section}.{key}: should be {expected}" in problem
+
+
+def test_offload_to_a_disk_is_refused_and_all_problems_come_at_once(tmp_path):
+    text = (
+        '{"zero_optimization": {"offload_optimizer": {"device": "nvme", "ratio": 2}, "stage": 3,\n'
+        '"reduce_bucket_size": 5e8, "sub_group_size": null}, "communication_data_type": null}'
+    )
+    device, ratio, group = sorted(problems_of(tmp_path, text))
+    assert 'offload_optimizer.device: should be "cpu" or "none" (nvme is not used by this trainer); found "nvme"' in device
+    assert "offload_optimizer.ratio: should be a number from 0 to 1; found 2" in ratio
+    assert "2:28: zero_optimization.sub_group_size: should be a whole number of 0 or more; found null" in group
 
 
 @pytest.mark.parametrize(
@@ -131,6 +158,7 @@ def test_key_table_equals_the_installed_deepspeed(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", os.environ.get("DS_ACCELERATOR", "cpu"))
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime import config
+    from deepspeed.runtime.zenflow.zenflow_config import ZenFlowConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
         DeepSpeedZeroOffloadOptimizerConfig,
@@ -146,5 +174,16 @@ def test_key_table_equals_the_installed_deepspeed(monkeypatch):
     assert set(zero["offload_param"]) == names(DeepSpeedZeroOffloadParamConfig)
     assert set(zero["offload_optimizer"]) == names(DeepSpeedZeroOffloadOptimizerConfig)
     assert set(ALLOWED["comms_logger"]) == names(CommsLoggerConfig)
+    for section, model, other in (
+        (zero, DeepSpeedZeroConfig, {"stage": 1}),  # some values are refused under another stage only
+        (zero["offload_param"], DeepSpeedZeroOffloadParamConfig, {}),
+        (zero["offload_optimizer"], DeepSpeedZeroOffloadOptimizerConfig, {}),
+        (zero["zenflow"], ZenFlowConfig, {}),
+        (ALLOWED["comms_logger"], CommsLoggerConfig, {}),
+    ):
+        for key, kind in section.items():
+            for value in (True, "x", "cpu", "auto", None, -1, 0, 1, 5e8, 1.5, 0.5, ["x"]):
+                if isinstance(kind, Kind) and (kind.accepts(value) or (value is None and kind.optional)):
+                    model.model_validate({**other, key: value})  # raises for what DeepSpeed would refuse
     assert REMOVED == set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     assert not set(ALLOWED) & (set(OWNED_BY_RECIPE) | NOT_USED | REMOVED)

@@ -244,7 +244,8 @@ CROSS_RULES = [
     ("--batch.global_size=12", "batch.micro_size=4 x 2 data-parallel ranks; use 8 or 16", 2),
     ("--batch.global_size=2", "use 4", None),
     ("--parallel.tensor=4 --tokens.text_vocab_size=1001", "use 1004", 4),
-    ("--parallel.tensor=4 --tokens.image_vocab_size=511", "use another parallel.tensor", 4),
+    ("--parallel.tensor=4 --tokens.image_vocab_size=511", "use parallel.tensor=1", 4),
+    ("--parallel.tensor=4 --tokens.image_vocab_size=510", "use parallel.tensor=1 or 2", 4),
     ("--schedule.warmup_steps=101", "use at most 100", None),
     ("--tokens.image_vocab_size=65537", "use at most 65536", None),
     ("--tokens.text_slots=1", "use 2 or more", None),
@@ -260,6 +261,18 @@ CROSS_RULES = [
 @pytest.mark.parametrize("overrides, expected, world_size", CROSS_RULES)
 def test_cross_rule_names_values_and_what_would_work(write, overrides, expected, world_size):
     assert expected in message_of(write(), overrides.split(), world_size=world_size)
+
+
+@pytest.mark.parametrize("setting", ['"zero_hpz_partition_size": 2', '"zero_quantized_gradients": true'])
+def test_settings_that_group_neighbouring_ranks_are_refused_with_tensor_ranks(write, tmp_path, setting):
+    path = write(stage=3)
+    file = tmp_path / "zero3.json"
+    file.write_text(f'{{"zero_optimization": {{"stage": 3, {setting}}}}}')
+    assert load_recipe(path, world_size=4).parallel.tensor == 1
+    message = message_of(path, ["--parallel.tensor=2"], world_size=4)
+    given = setting.replace('"', "").replace(": ", "=")
+    assert f"--parallel.tensor=2: parallel.tensor=2 cannot be joined with {given} of {file}" in message
+    assert "use parallel.tensor=1" in message
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -305,7 +318,7 @@ def test_recipe_of_another_machine_is_read_without_cross_checks(write):
 
 def test_check_recipe_finds_nothing_in_a_sound_recipe(write):
     recipe = load_recipe(write())
-    assert check_recipe(recipe, world_size=2, zero_stage=1) == []
+    assert check_recipe(recipe, world_size=2, deepspeed={"zero_optimization": {"stage": 1}}) == []
     assert len(check_recipe(recipe, world_size=3)) == 1
 
 

@@ -1,6 +1,7 @@
 """`vilg plan` on the shipped recipes: memory, traffic, time, what fits, and what would."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,37 @@ def test_recomputation_takes_memory_for_operations():
     assert hardware[0] == 1 and hardware[2] == pytest.approx(4 / 3, rel=0.12) and memory[2] < memory[0] / 4
 
 
+def test_activations_are_shown_for_every_way_of_recomputing(capsys):
+    recipe = load_recipe(SPLIT, ["parallel.recompute=full", "parallel.recompute_every=2"])
+    made = plan(recipe, gpus=64)
+    shown = made.activations_by_mode
+    assert shown["full"] == made.stages[made.worst_stage].memory.activations and shown["selective"] < shown["none"]
+    whole = plan(load_recipe(SPLIT, ["parallel.recompute=full"]), gpus=64).activations_by_mode
+    assert whole["full"] < shown["full"] < whole["selective"] == shown["selective"]
+    assert main([SPLIT, "--gpus", "64"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"by parallel.recompute: none \d+\.\d\d GiB, selective \d+\.\d\d GiB, full \d", text)
+    assert "NOT COUNTED" not in text
+
+
+def test_what_end_to_end_training_adds_is_said_not_to_be_counted(capsys):
+    end_to_end = ["--model.reconstructor.ramp_steps=4", "--model.reconstructor.joint_quantizer.lr=1e-2"]
+    for search_too in ([], ["--search"]):
+        assert main([DEBUG, "--gpus", "1", *search_too, *end_to_end]) == 0
+        assert "NOT COUNTED, neither memory nor time: model.reconstructor, model.reconstructor.joint" in capsys.readouterr().out
+
+
+def test_our_own_timed_run_is_predicted_as_the_docs_say():
+    timed = json.loads((ROOT / "benchmarks/results/train_step.json").read_text())
+    sparse = timed["contenders"]["sparse"]
+    given = [f"model.num_layers={timed['layers']}", f"batch.micro_size={timed['pairs']}", "parallel.recompute=none",
+             f"batch.global_size={timed['pairs'] * timed['accumulate']}", "parallel.deepspeed=ds_configs/zero1.json"]  # fmt: skip
+    made = plan(load_recipe(str(ROOT / "launch/recipes/10b.yaml"), given), gpus=1, gpu="h200")
+    allocated = made.memory_per_rank - made.stages[0].memory.overhead  # torch counts neither the context nor holes
+    assert made.step_seconds / (sparse["median_ms"] / 1e3) - 1 == pytest.approx(-0.21, abs=0.01)
+    assert allocated / 2**30 / sparse["peak_memory_gib"] - 1 == pytest.approx(0.03, abs=0.01)
+
+
 def test_slower_links_slow_what_they_carry():
     recipe = load_recipe(SPLIT)
     fast = plan(recipe, gpus=64).timing
@@ -89,6 +121,20 @@ def test_search_lists_what_fits_fastest_first_and_keeps_the_rules():
     assert all(made.micro_size * made.micro_batches * made.data == 2048 for made in found)
 
 
+def test_search_offers_no_tensor_ranks_where_neighbours_share_weights():
+    recipe = load_recipe(str(ROOT / "launch/recipes/10b.yaml"))
+    found = search(recipe, gpus=32, gpu="a100-80g")
+    shared = [made for made in found if made.zero_file.endswith("zero3-node.json")]
+    assert [made.tensor for made in shared] == [1] and any(made.tensor > 1 for made in found)
+
+
+def test_search_passes_over_a_broken_file_beside_the_recipes_own(tmp_path):
+    for name, extra in (("zero1.json", ""), ("zero2-mine.json", ', "data_types": {"grad_accum_dtype": "float32"}')):
+        (tmp_path / name).write_text(f'{{"zero_optimization": {{"stage": {name[4]}}}{extra}}}')
+    found = search(load_recipe(DEBUG, [f"parallel.deepspeed={tmp_path / 'zero1.json'}"]), gpus=2)
+    assert {Path(made.zero_file).name for made in found} == {"zero1.json"}
+
+
 def test_command_prints_figures_with_units_and_json(capsys):
     assert main([DEBUG, "--gpus", "2", "--model.dropout=0.0"]) == 0
     text = capsys.readouterr().out
@@ -108,6 +154,9 @@ def test_what_cannot_be_planned_is_refused():
         main([DEBUG, "--gpus", "5", "--parallel.tensor=2"])
     with pytest.raises(UserError, match="--gpus 5 is no multiple of parallel.tensor=2"):
         plan(load_recipe(DEBUG, ["parallel.tensor=2"]), gpus=5)
+    for wrong in (["--gpus", "0"], ["--gpus", "-4"], ["--gpus", "0", "--search"]):
+        with pytest.raises(UserError, match=rf"--gpus {wrong[1]} is no number of ranks; use 1 or more"):
+            main([DEBUG, *wrong])
     with pytest.raises(UserError, match="--gpu k80 is not in the table; use a100-40g"):
         main([DEBUG, "--gpu", "k80"])
     with pytest.raises(UserError, match="network=-1e"):

@@ -23,7 +23,7 @@ from vilg.train.distributed import process_environment
 from vilg.train.guards import NonFiniteGuard, StopSignals
 from vilg.train.log import console_line, cut_metrics, duration
 from vilg.train.metrics import Window
-from vilg.train.open import sequence_spec
+from vilg.train.open import num_parameters_here, sequence_spec
 from vilg.train.optim import clip_gradients, gradient_norm, learning_rate, parameter_groups
 from vilg.train.step import StepResult, plan_step
 
@@ -236,6 +236,29 @@ def test_slurm_variables_become_torch_ones():
     del slurm["MASTER_PORT"]
     with pytest.raises(UserError, match="MASTER_PORT not set"):
         process_environment(slurm)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE='0' in the environment should be a whole number of 1 or more"),
+        ("RANK=0 WORLD_SIZE=two", "WORLD_SIZE='two' in the environment should be"),
+        ("RANK=-1 WORLD_SIZE=1", "RANK='-1' in the environment should be a whole number of 0 or more"),
+        ("RANK=1 WORLD_SIZE=1", "RANK=1 is none of WORLD_SIZE=1 processes"),
+        ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=x", "LOCAL_RANK='x' in the environment should be"),
+        ("WORLD_SIZE=2", "WORLD_SIZE='2' is set in the environment, but RANK is not"),
+        ("SLURM_PROCID=0 SLURM_NTASKS=many", "SLURM_NTASKS='many' in the environment should be"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        process_environment(dict(pair.split("=") for pair in given.split()))
+
+
+def test_parameters_that_zero_three_has_cut_are_counted_whole():
+    model = torch.nn.Linear(3, 5)
+    model.weight.ds_numel, model.weight.data = 15, torch.empty(0)
+    assert num_parameters_here(model) == 20
 
 
 def test_an_error_on_rank_zero_is_shared():

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vilg.checkpoint import save as saving
-from vilg.checkpoint.load import find_checkpoint, latest_checkpoint, layout_note, verify_files
+from vilg.checkpoint import folders
+from vilg.checkpoint.folders import REPLACED, hidden
+from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint, layout_note
 from vilg.checkpoint.probes import (
     PROBE_FILE,
     compute_probes,
@@ -23,6 +24,7 @@ from vilg.checkpoint.probes import (
 from vilg.checkpoint.save import Saver, step_name, sweep, write_latest
 from vilg.checkpoint.state import STATE_FILE, RunState, read_state
 from vilg.checkpoint.tensors import checksum, host_copy, load_tensors, save_tensors
+from vilg.checkpoint.verify import verify_files
 from vilg.config.schema import ModelConfig
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
@@ -57,19 +59,25 @@ def crash_at(monkeypatch, number: int) -> None:
     """Make the `number`-th call that touches folders or flushes end the process."""
     calls = 0
 
-    def counted(original):
+    def counted(original, half=lambda *args, **kwargs: None):
         def call(*args, **kwargs):
             nonlocal calls
             calls += 1
             if calls == number:
+                half(*args, **kwargs)
                 raise Crash
             return original(*args, **kwargs)
 
         return call
 
+    def begin_to_delete(path, **options) -> None:
+        for file in list(Path(path).glob("*"))[:1]:
+            file.unlink()
+
     for name in ("rename", "replace", "fsync"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
-    monkeypatch.setattr(saving.shutil, "rmtree", counted(saving.shutil.rmtree))
+    monkeypatch.setattr(folders, "exchange", counted(folders.exchange))
+    monkeypatch.setattr(folders.shutil, "rmtree", counted(folders.shutil.rmtree, begin_to_delete))
 
 
 def test_a_crash_at_any_point_of_a_save_leaves_a_whole_latest_checkpoint(tmp_path):
@@ -93,6 +101,89 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_whole_latest_checkpoint(tmp_pat
         if not crashed:
             break
     assert number > 8, "the crash points were not reached"
+
+
+def crashed_saves(tmp_path, steps, exchanges: bool):
+    """For every crash point of saving the last of `steps` again: the run, and whether it was reached."""
+    for number in range(1, 100):
+        run = tmp_path / str(number)
+        run.mkdir()
+        for step in steps:
+            save(run, step, lambda path: write(path, b"old"))
+        with pytest.MonkeyPatch.context() as patch:
+            if not exchanges:
+                patch.setattr(folders, "exchange", lambda first, second: False)
+            crash_at(patch, number)
+            try:
+                save(run, steps[-1], lambda path: write(path, b"new"))
+                crashed = False
+            except Crash:
+                crashed = True
+        yield run, crashed
+        if not crashed:
+            assert number > 8, "the crash points were not reached"
+            return
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["names exchanged", "names not exchanged"])
+@pytest.mark.parametrize("steps", [[1], [1, 2]], ids=["the only one", "beside an older one"])
+def test_a_crash_while_a_checkpoint_replaces_itself_leaves_the_old_or_the_new(tmp_path, steps, exchanges):
+    for run, crashed in crashed_saves(tmp_path, steps, exchanges):
+        found = latest_checkpoint(run)
+        assert read_state(found).step == steps[-1]
+        content = (found / "weights.bin").read_bytes()
+        assert content in (b"old", b"new") if crashed else content == b"new"
+        assert [read_state(path).step for path in all_checkpoints(run)] == steps
+        sweep(run)
+        assert not list((run / "checkpoints").glob(".*"))
+        assert latest_checkpoint(run).name == step_name(steps[-1])
+        assert (latest_checkpoint(run) / "weights.bin").read_bytes() == content
+        save(run, steps[-1], lambda path: write(path, b"newer"))
+        assert (latest_checkpoint(run) / "weights.bin").read_bytes() == b"newer"
+
+
+def test_a_checkpoint_left_aside_is_found_without_latest_and_half_a_deletion_is_not(tmp_path):
+    path = save(tmp_path, 1)
+    os.rename(path, hidden(path, REPLACED))
+    (tmp_path / "LATEST").unlink()
+    assert read_state(latest_checkpoint(tmp_path)).step == 1
+    (hidden(path, REPLACED) / "weights.bin").unlink()
+    assert latest_checkpoint(tmp_path) is None
+    assert sweep(tmp_path) == ["removed what an interrupted save left behind: .step_00000001.replaced"]
+
+
+def test_a_replacement_that_fails_leaves_the_old_one_in_place(tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+    monkeypatch.setattr(folders, "exchange", lambda first, second: False)
+    rename = os.rename
+
+    def full(source, target):
+        if Path(source).name.endswith(".partial"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(UserError, match="Disk quota exceeded.*step_00000001, is intact"):
+        save(tmp_path, 1, lambda path: write(path, b"new"))
+    assert read_state(latest_checkpoint(tmp_path)).step == 1 and (path / "weights.bin").read_bytes() == b"w" * 100
+
+
+def test_older_checkpoints_that_cannot_be_deleted_do_not_spoil_a_save(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    rename = os.rename
+
+    def refused(source, target):
+        if Path(target).name.endswith(".deleted"):
+            raise OSError(errno.EACCES, "Permission denied", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    saver = Saver(tmp_path, ranks=Ranks(), keep_last=1)
+    saver.begin(state(3), {"weights.bin": write})
+    saved = saver.wait()
+    assert saved.path == latest_checkpoint(tmp_path)
+    assert "step_00000001: Permission denied" in saved.trouble
 
 
 def test_a_failed_write_names_the_cause_and_leaves_the_previous_checkpoint(tmp_path):
@@ -180,6 +271,9 @@ def test_missing_cut_and_newer_files_are_named(tmp_path):
     (path / STATE_FILE).write_text(json.dumps({**data, "format_version": 99}))
     with pytest.raises(UserError, match="format_version 99"):
         read_state(path)
+    (path / STATE_FILE).write_text("[]")
+    with pytest.raises(UserError, match=r"run_state.json: holds a list instead of an object"):
+        read_state(path)
     (path / STATE_FILE).write_text(json.dumps({**data, "recipe": {"name": "y"}}))
     with pytest.raises(UserError, match="changed by hand"):
         read_state(path)
@@ -190,6 +284,9 @@ def test_find_checkpoint_takes_a_run_or_a_checkpoint_and_says_what_is_missing(tm
     assert find_checkpoint(tmp_path) == find_checkpoint(path) == path
     (tmp_path / "LATEST").write_text("step_00000009")
     with pytest.raises(UserError, match="step_00000001"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "LATEST").write_text("\n")
+    with pytest.raises(UserError, match=r"LATEST is empty \(present: step_00000001\); write one of these into it"):
         find_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         find_checkpoint(tmp_path / "elsewhere")

@@ -6,6 +6,7 @@ for a run of that precision are exactly the weights it computed with.
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -19,14 +20,16 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from vilg.checkpoint.card import model_card
+from vilg.checkpoint.folders import PARTIAL, hidden, put_back, put_in_place
 from vilg.checkpoint.huggingface.files import config_keys, write_files
 from vilg.checkpoint.load import find_checkpoint
-from vilg.checkpoint.probes import TOLERANCE, compute_probes, largest_difference, largest_logit, load_probes
+from vilg.checkpoint.probes import PROBE_FILE, TOLERANCE, compute_probes, largest_difference, largest_logit, load_probes
 from vilg.checkpoint.reader import Weights, open_weights
-from vilg.checkpoint.reconstructor_file import kept_weights, read_reconstructor_file, trained_tokenizer
-from vilg.checkpoint.state import RunState
+from vilg.checkpoint.reconstructor_file import RECONSTRUCTOR_FILE, kept_weights, read_reconstructor_file, trained_tokenizer
+from vilg.checkpoint.state import RunState, read_state
 from vilg.checkpoint.stream import Progress, load_when_used, plan_files, write_weights
 from vilg.checkpoint.tensors import write_failure
+from vilg.checkpoint.verify import ReadFiles
 from vilg.config.schema import ModelConfig, SamplesConfig
 from vilg.errors import UserError
 from vilg.inference.format import (
@@ -80,13 +83,13 @@ def export(
     dtype: fp32, bf16 or fp16; by default that of the run. shard_bytes: most bytes of a weights file, unless one tensor
     is larger. text_model, image_model: where the tokenizers lie now, if not where the recipe says. ema: the moving
     average of the weights, an error as long as the trainer keeps none. show_progress: a bar on a terminal.
+    verify: compare the checksums of the files read and recompute the stored logits, which many damages do not touch.
     Holds one tensor in memory at a time, also while it verifies. Nothing appears under `out` before it is whole and
     verified. Raises UserError naming the file at fault, also when the exported model's logits differ from those stored
     in the checkpoint.
     """
     checkpoint = find_checkpoint(source)
-    weights = open_weights(checkpoint)
-    state = weights.state
+    state = read_state(checkpoint)
     if ema:
         raise UserError(
             f"{checkpoint}: holds no moving average (EMA) of the weights, as `vilg train` keeps none; "
@@ -95,25 +98,26 @@ def export(
     dtype = dtype or state.layout["precision"]
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    if out.exists() and not overwrite and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"{out} exists already; name a new folder, or replace it with --overwrite")
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / INDEX_FILE).exists():
-        raise UserError(f"{out} holds no export, so --overwrite will not replace it; name a new folder")
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    partial = hidden(out.absolute(), PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    parameters = sum(torch.Size(shape).numel() for _, shape in weights.sizes())
+    parameters = sum(math.prod(entry["shape"]) for entry in state.parameters.values())
     size = parameters * DTYPES[dtype].itemsize
     try:
+        _check_place(out, overwrite)
         partial.mkdir(parents=True)
         _check_space(partial, size)
-        text, image = _tokenizers(checkpoint, state, text_model, image_model)
-        text.save(partial / TEXT_MODEL_FILE)
-        image.save(partial / IMAGE_TOKENIZER_FOLDER)
-        write_files(partial, text)
-        with _bar("writing", size, show_progress) as bar:
-            _write_weights(partial, weights, DTYPES[dtype], shard_bytes, bar.update)
-        _write_reconstructor(partial, checkpoint, state, image)
-        _write_texts(partial, checkpoint, state, dtype, parameters, text=text, image=image)
+        with ReadFiles() as files:
+            weights = open_weights(checkpoint, state, on_open=files.add if verify else None)
+            for name in {PROBE_FILE, RECONSTRUCTOR_FILE} & state.files.keys() if verify else ():
+                files.add(checkpoint, state, name)
+            text, image = _tokenizers(checkpoint, state, text_model, image_model)
+            text.save(partial / TEXT_MODEL_FILE)
+            image.save(partial / IMAGE_TOKENIZER_FOLDER)
+            write_files(partial, text)
+            with _bar("writing", size, show_progress) as bar:
+                _write_weights(partial, weights, DTYPES[dtype], shard_bytes, bar.update)
+            _write_reconstructor(partial, checkpoint, state, image)
+            _write_texts(partial, checkpoint, state, dtype, parameters, text=text, image=image)
         difference = None
         if verify:
             with _bar("verifying", size, show_progress) as bar:
@@ -137,7 +141,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--image-model", type=Path, help="image tokenizer folder, if not where the recipe says")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights, where one is kept")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    parser.add_argument("--no-verify", action="store_true", help="do not recompute the checkpoint's stored logits")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="neither compare the files' checksums nor recompute the stored logits"
+    )
     options = parser.parse_args(argv)
     started = time.perf_counter()
     done = export(
@@ -252,6 +258,16 @@ def _verified(folder: Path, checkpoint: Path, dtype: torch.dtype, progress: Prog
     return difference
 
 
+def _check_place(out: Path, overwrite: bool) -> None:
+    put_back(out.absolute())  # the folder that an export was to replace and, cut off, did not
+    if not out.exists() or not any(out.iterdir() if out.is_dir() else [out]):
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists already; name a new folder, or replace it with --overwrite")
+    if not (out / INDEX_FILE).exists():
+        raise UserError(f"{out} holds no export, so --overwrite will not replace it; name a new folder")
+
+
 def _check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -271,12 +287,7 @@ def _publish(partial: Path, out: Path) -> None:
         if path.is_file():
             with open(path, "rb+") as stream:
                 os.fsync(stream.fileno())
-    old = out.absolute().with_name(f".{out.absolute().name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.rename(out, old)
-    os.rename(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+    put_in_place(partial, out.absolute())
 
 
 def _write_json(path: Path, data: dict) -> None:

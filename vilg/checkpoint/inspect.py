@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint, verify_files
+from vilg.checkpoint.load import all_checkpoints, find_checkpoint, latest_checkpoint
 from vilg.checkpoint.probes import PROBE_FILE
 from vilg.checkpoint.reader import open_weights
 from vilg.checkpoint.reconstructor_file import TOKENIZER, entries, read_reconstructor_file
-from vilg.checkpoint.state import STATE_FILE, RunState, read_state
+from vilg.checkpoint.state import STATE_FILE, RunState, is_whole
+from vilg.checkpoint.verify import verify_files
 from vilg.errors import UserError
 
 INCOMPLETE = 1
@@ -31,10 +32,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{options.path}: no such folder; name a run or one of its checkpoints/step_*")
     is_run = not (options.path / STATE_FILE).is_file()
     report = _run_report(options.path) if is_run else {}
+    checkpoint = None
     try:
-        report |= _checkpoint_report(find_checkpoint(options.path), verify=options.verify)
+        checkpoint = find_checkpoint(options.path)
+        report |= _checkpoint_report(checkpoint, verify=options.verify)
     except UserError as error:
         report |= {"whole": False, "problem": str(error)}
+        if is_run and checkpoint:
+            report["checkpoints"][checkpoint.name] = False  # its files looked right until they were read
     if options.json:
         print(json.dumps(report, indent=1))
     else:
@@ -44,13 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run_report(run: Path) -> dict:
     """Checkpoints of a run, name -> whether whole, and the latest."""
-    whole = {}
-    for path in all_checkpoints(run):
-        try:
-            read_state(path)
-            whole[path.name] = True
-        except UserError:
-            whole[path.name] = False
+    whole = {path.name: is_whole(path) for path in all_checkpoints(run)}
     latest = latest_checkpoint(run)
     return {
         "run": str(run),

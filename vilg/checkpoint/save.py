@@ -8,7 +8,6 @@ A thread, because the state is in this process: DeepSpeed's `fast` and `decouple
 (they fail on a CPU), and torch's asynchronous saver writes a format of its own, which DeepSpeed does not read back.
 """
 
-import errno
 import os
 import shutil
 import threading
@@ -18,13 +17,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vilg.checkpoint.state import STATE_FILE, RunState, source_commit, versions
+from vilg.checkpoint.folders import DELETED, PARTIAL, REPLACED, flush_folder, hidden, put_back, put_in_place, standing
+from vilg.checkpoint.state import STATE_FILE, RunState, is_whole, source_commit, versions
 from vilg.checkpoint.tensors import write_failure
 from vilg.errors import UserError
 from vilg.parallel.ranks import Ranks, SharedError
 
 CHECKPOINTS, LATEST = "checkpoints", "LATEST"
-_PARTIAL, _REPLACED = ".partial", ".replaced"
 
 # Name in the checkpoint folder -> what writes and flushes that file at the path given and returns its checksum.
 Files = Mapping[str, Callable[[Path], str]]
@@ -37,10 +36,12 @@ def step_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Saved:
-    """A published checkpoint. seconds: from `begin` until it was published."""
+    """A published checkpoint. seconds: from `begin` until it was published. trouble: why older ones could not be
+    deleted, on the main rank; empty if they could."""
 
     path: Path
     seconds: float
+    trouble: str = ""
 
 
 class Saver:
@@ -66,7 +67,7 @@ class Saver:
         self.wait()
         started = time.monotonic()
         final = self.run_dir / CHECKPOINTS / step_name(state.step)
-        partial = final.with_name(f".{final.name}{_PARTIAL}")
+        partial = hidden(final, PARTIAL)
         self._job = job = _Job(deepcopy(state), final, partial, started)  # training goes on counting in it
         try:
             self.ranks.on_main(lambda: _fresh_folder(partial))
@@ -91,7 +92,7 @@ class Saver:
             return None
         if job.publishing:
             self._job = None
-            return Saved(job.final, time.monotonic() - job.started)
+            return Saved(job.final, time.monotonic() - job.started, job.trouble)
         checksums = {name: value for rank in self.ranks.gather(job.checksums) for name, value in rank.items()}
         job.publishing = True
         job.run(lambda: self._publish(job, checksums) if self.ranks.is_main else None)
@@ -107,7 +108,10 @@ class Saver:
 
     def _publish(self, job: "_Job", checksums: dict[str, str]) -> None:
         _publish(job.partial, job.final, replace(job.state, checksums=checksums))
-        _prune(job.final.parent, job.state.step, self.keep_last, self.keep_every)
+        try:
+            _prune(job.final.parent, job.state.step, self.keep_last, self.keep_every)
+        except OSError as error:  # the checkpoint itself is published: no reason to end the run
+            job.trouble = f"cannot delete {error.filename or job.final.parent}: {write_failure(error)}"
 
     def _give_up(self, error: SharedError) -> None:
         """End the save that failed, and say what is left."""
@@ -131,6 +135,7 @@ class _Job:
     checksums: dict[str, str] = field(default_factory=dict)
     publishing: bool = False
     failure: BaseException | None = None
+    trouble: str = ""
     _thread: threading.Thread | None = None
 
     @property
@@ -160,11 +165,25 @@ class _Job:
 
 
 def sweep(run_dir: Path) -> list[str]:
-    """Delete what an interrupted save or deletion left behind; the names of the folders removed."""
-    leftovers = [p for p in (run_dir / CHECKPOINTS).glob(".step_*") if p.name.endswith((_PARTIAL, _REPLACED))]
+    """Undo and delete what an interrupted save or deletion left behind; sentences that say so. Raises OSError."""
+    folder = run_dir / CHECKPOINTS
+    notes = [f"put {path.name} back, which a crash left half replaced" for path in aside(run_dir) if put_back(path)]
+    leftovers = [p for p in folder.glob(".step_*") if p.name.endswith((PARTIAL, REPLACED, DELETED))]
     for path in leftovers:
         shutil.rmtree(path)
-    return [path.name for path in leftovers]
+    if leftovers:
+        notes.append(f"removed what an interrupted save left behind: {', '.join(path.name for path in leftovers)}")
+    return notes
+
+
+def aside(run_dir: Path) -> list[Path]:
+    """Checkpoints, by their own names, that a crash left whole under a hidden one while they were replaced."""
+    found = []
+    for path in (run_dir / CHECKPOINTS).glob(f".step_*{REPLACED}"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED))
+        if standing(final) == path and is_whole(path):  # an interrupted deletion of an older vilg is neither
+            found.append(final)
+    return found
 
 
 def write_latest(run_dir: Path, name: str) -> None:
@@ -176,7 +195,7 @@ def write_latest(run_dir: Path, name: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-    _flush_folder(run_dir)
+    flush_folder(run_dir)
 
 
 def _fresh_folder(partial: Path) -> None:
@@ -196,15 +215,9 @@ def _publish(partial: Path, final: Path, state: RunState) -> None:
             stream.write(complete.to_json())
             stream.flush()
             os.fsync(stream.fileno())
-        _flush_folder(partial)
-        replaced = final.with_name(f".{final.name}{_REPLACED}")
-        if final.exists():  # a run that went back to an earlier checkpoint comes past this step again
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(final, replaced)
-        os.rename(partial, final)
-        _flush_folder(final.parent)
+        flush_folder(partial)
+        put_in_place(partial, final)  # a run that went back to an earlier checkpoint comes past this step again
         write_latest(final.parent.parent, final.name)
-        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or partial}: {write_failure(error)}") from error
 
@@ -217,9 +230,10 @@ def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
         if keep_every and number and number % keep_every == 0:
             continue
         # Renamed first: a deletion that is cut short must not leave a folder that looks like a checkpoint.
-        hidden = path.with_name(f".{path.name}{_REPLACED}")
-        os.rename(path, hidden)
-        shutil.rmtree(hidden)
+        going = hidden(path, DELETED)
+        shutil.rmtree(going, ignore_errors=True)
+        os.rename(path, going)
+        shutil.rmtree(going)
 
 
 def _what_is_left(run_dir: Path) -> str:
@@ -227,15 +241,3 @@ def _what_is_left(run_dir: Path) -> str:
         return f"The previous one, {(run_dir / LATEST).read_text().strip()}, is intact."
     except OSError:
         return "No checkpoint was written yet."
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems do not flush folders
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)

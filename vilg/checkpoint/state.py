@@ -74,6 +74,8 @@ def read_state(checkpoint: Path) -> RunState:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); use an earlier checkpoint") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__} instead of an object {{...}}; use an earlier checkpoint")
     found = data.pop("format_version", None)
     if found != STATE_VERSION:
         raise UserError(
@@ -93,6 +95,15 @@ def read_state(checkpoint: Path) -> RunState:
             what = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
             raise UserError(f"{file}: {what}; the checkpoint is not whole. Use an earlier one")
     return state
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether `read_state` finds nothing to complain about."""
+    try:
+        read_state(checkpoint)
+    except UserError:
+        return False
+    return True
 
 
 def parameter_table(model: nn.Module, grid: Grid, ranks: Ranks) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ DEEPSPEED_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-_BLOCK = 1 << 24  # bytes read at once
+_BLOCK = 1 << 20  # bytes read at once: they stay in a core's cache, and several files may be read at a time
 _PLAIN = (str, bytes, int, float, bool, type(None), torch.Tensor, torch.Size, torch.dtype)
 
 
@@ -72,10 +72,10 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, *, metadata: 
 
 def checksum(path: Path) -> str:
     """CRC-32 of a file, eight hexadecimal digits. Raises OSError."""
-    value = 0
-    with open(path, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            value = zlib.crc32(block, value)
+    value, buffer = 0, memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            value = zlib.crc32(buffer[:count], value)
     return f"{value:08x}"
 
 

@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from vilg.config.deepspeed_keys import ALLOWED, NOT_USED, OWNED_BY_RECIPE, REMOVED, Keys
-from vilg.config.marked import KeyPath, Marked, did_you_mean, dotted, read_file
+from vilg.config.deepspeed_keys import ALLOWED, COUNT, NOT_USED, OWNED_BY_RECIPE, REMOVED, STAGE, Keys, Kind
+from vilg.config.marked import KeyPath, Marked, did_you_mean, dotted, read_file, shown
+from vilg.config.problems import Surroundings
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 
-ZERO_STAGES = (0, 1, 2, 3)
 NEVER = 10**9  # steps between DeepSpeed's own console lines; None would divide by nothing in its pipeline engine
 
 
 def read_deepspeed_file(path: str | Path) -> Marked:
-    """Read a file of `ds_configs/`; `.problems` holds every unknown, misplaced or owned key with its place.
+    """Read a file of `ds_configs/`; `.problems` holds every unknown, misplaced or owned key and every wrong
+    value with its place.
 
     Raises UserError if the file is missing or is not JSON.
     """
@@ -21,30 +22,41 @@ def read_deepspeed_file(path: str | Path) -> Marked:
     if not isinstance(marked.value, dict):
         raise UserError(f"{path}: a DeepSpeed file is one JSON object, like ds_configs/zero1.json")
     _check_keys(marked, marked.value, ALLOWED, ())
-    stage = zero_stage(marked.value)
-    if type(stage) is not int or stage not in ZERO_STAGES:  # 1.0 and true equal 1
-        key = ("zero_optimization", "stage")
-        marked.problems.append((marked.place(key), f"{dotted(key)}={stage!r} is no ZeRO stage; use 0, 1, 2 or 3"))
     return marked
 
 
 def zero_stage(values: dict) -> Any:
     """The ZeRO stage a DeepSpeed config asks for; 0 where it names none."""
-    section = values.get("zero_optimization", {})
-    return section.get("stage", 0) if isinstance(section, dict) else 0
+    return _zero_section(values).get("stage", 0)
 
 
 def secondary_partition(values: dict) -> int | None:
     """Ranks of a node that share a second copy of the weights (ZeRO++ hpZ, 2306.10209 section 3.2); None without it."""
-    section = values.get("zero_optimization", {})
-    size = section.get("zero_hpz_partition_size", 1) if isinstance(section, dict) else 1
-    return size if type(size) is int and size > 1 else None
+    size = _zero_section(values).get("zero_hpz_partition_size", 1)
+    return int(size) if COUNT.accepts(size) and size > 1 else None
 
 
 def offloads_optimizer(values: dict) -> bool:
     """Whether the optimizer's state lives in the host's memory, where its step then runs."""
-    section = values.get("zero_optimization", {}).get("offload_optimizer", {})
+    section = _zero_section(values).get("offload_optimizer", {})
     return section.get("device", "none") == "cpu"
+
+
+def surroundings(values: dict | None, *, world_size: int | None) -> Surroundings:
+    """What the cross rules know beside the recipe, from its DeepSpeed file's values, which may be wrong, and the number of
+    processes; None where one is not known."""
+    if values is None:
+        return Surroundings(world_size)
+    stage, shared = zero_stage(values), secondary_partition(values)
+    neighbourly = [f"zero_hpz_partition_size={shared}"] if shared else []
+    if stage == 3 and _zero_section(values).get("zero_quantized_gradients") is True:
+        neighbourly.append("zero_quantized_gradients=true")
+    return Surroundings(world_size, stage if STAGE.accepts(stage) else None, shared, tuple(neighbourly))
+
+
+def _zero_section(values: dict) -> dict:
+    section = values.get("zero_optimization", {})
+    return section if isinstance(section, dict) else {}
 
 
 def merged_deepspeed_config(recipe: Recipe, *, data_size: int) -> dict[str, Any]:
@@ -89,13 +101,13 @@ def _check_keys(marked: Marked, values: dict, allowed: Keys, around: KeyPath) ->
         name, place = dotted(path), marked.place(path)
         if key not in allowed:
             marked.problems.append((place, _refusal(name, key, allowed)))
-        elif allowed[key] is None and isinstance(value, dict):
-            marked.problems.append((place, f"{name}: should be a value, not a section"))
-        elif allowed[key] is not None:
-            if isinstance(value, dict):
-                _check_keys(marked, value, allowed[key], path)
-            else:
-                marked.problems.append((place, f"{name}: should be a section {{...}}; found {value!r}"))
+        elif isinstance(kind := allowed[key], Kind):
+            if not (kind.accepts(value) or (value is None and kind.optional)):
+                marked.problems.append((place, f"{name}: should be {kind.words}; found {shown(value)}"))
+        elif isinstance(value, dict):
+            _check_keys(marked, value, kind, path)
+        else:
+            marked.problems.append((place, f"{name}: should be a section {{...}}; found {shown(value)}"))
 
 
 def _refusal(name: str, key: str, allowed: Keys) -> str:

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vilg.config.check import NotGiven, Surroundings, find_ingest_problems, find_problems
-from vilg.config.deepspeed import read_deepspeed_file, secondary_partition, zero_stage
+from vilg.config.check import find_ingest_problems, find_problems
+from vilg.config.deepspeed import read_deepspeed_file, surroundings
 from vilg.config.ingest import IngestRecipe
 from vilg.config.marked import KeyPath, Marked, Place, did_you_mean, dotted, read_file, read_value, write_yaml
+from vilg.config.problems import NotGiven
 from vilg.config.schema import Recipe, Section
-from vilg.config.validate import partial, shown, validate
+from vilg.config.validate import partial, validate
 from vilg.errors import UserError
 
 _OVERRIDE = re.compile(r"(?:--)?([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
@@ -143,19 +144,17 @@ def _apply_override(marked: Marked, override: str) -> None:
 def _cross_problems(recipe: Any, marked: Marked, world_size: int | None) -> list[tuple[Place, str]]:
     """Problems of the DeepSpeed file and of the cross rules; a file that cannot be read is a problem of its key."""
     found: list[tuple[Place, str]] = []
-    stage = node_ranks = None
+    values = None
     try:
         if recipe.parallel.engine == "deepspeed":
             deepspeed = read_deepspeed_file(recipe.parallel.deepspeed)
             found.extend(deepspeed.problems)
-            stage = zero_stage(deepspeed.value)
-            stage = stage if type(stage) is int else None
-            node_ranks = secondary_partition(deepspeed.value)
+            values = deepspeed.value
     except NotGiven:
         pass  # the key itself is wrong, which the schema has said
     except UserError as error:
         found.append((marked.place(("parallel", "deepspeed")), str(error)))
-    for problem in find_problems(recipe, Surroundings(world_size, stage, node_ranks)):
+    for problem in find_problems(recipe, surroundings(values, world_size=world_size)):
         found.append((marked.place(tuple(problem.key.split("."))), problem.message))
     return found
 

@@ -136,6 +136,12 @@ def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
+def shown(value: Any) -> str:
+    """A value as a message shows it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def dotted(path: KeyPath) -> str:
     """`("tokens", "grid", 1)` as `tokens.grid[1]`."""
     text = ""

@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from vilg.config.check import NotGiven
-from vilg.config.marked import KeyPath, Marked, Place, did_you_mean, dotted
+from vilg.config.problems import NotGiven
+from vilg.config.marked import KeyPath, Marked, Place, did_you_mean, dotted, shown
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -125,9 +125,3 @@ def partial(model: type[BaseModel], written: Any) -> Partial:
         elif not field.is_required():
             values[name] = field.get_default()
     return Partial(values)
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -80,14 +80,19 @@ def leave_at_once(what: BaseException | str) -> None:
 def process_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE and LOCAL_RANK (and the master's address) of this process, from torchrun's or SLURM's variables.
 
-    Raises UserError naming variables that are missing.
+    Raises UserError naming variables that are missing, are no numbers, or do not fit each other.
     """
     if "RANK" in environment:
         needed = ["RANK", "WORLD_SIZE"]
         found = {name: environment.get(name, "") for name in needed}
         found["LOCAL_RANK"] = environment.get("LOCAL_RANK", found["RANK"])
-    elif int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+    elif "SLURM_PROCID" in environment and _number({"SLURM_NTASKS": "1", **environment}, "SLURM_NTASKS", at_least=1) > 1:
         found = {name: environment.get(slurm, "") for name, slurm in _SLURM.items()}
+    elif environment.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']!r} is set in the environment, but RANK is not; start with torchrun, with "
+            "srun through launch/train.sbatch, or take WORLD_SIZE out for a single process"
+        )
     else:
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     if found["WORLD_SIZE"].isdigit() and int(found["WORLD_SIZE"]) > 1:
@@ -98,9 +103,23 @@ def process_environment(environment: Mapping[str, str]) -> dict[str, str]:
     if missing:
         raise UserError(
             f"{', '.join(missing)} not set in the environment; start with torchrun, with srun through "
-            "launch/train.sbatch, or without RANK for a single process"
+            "launch/train.sbatch, or without RANK and WORLD_SIZE for a single process"
         )
+    world = _number(found, "WORLD_SIZE", at_least=1)
+    rank, _ = _number(found, "RANK", at_least=0), _number(found, "LOCAL_RANK", at_least=0)
+    if rank >= world:
+        raise UserError(f"RANK={rank} is none of WORLD_SIZE={world} processes, which count from 0 to {world - 1}")
     return found
+
+
+def _number(environment: Mapping[str, str], name: str, *, at_least: int) -> int:
+    text = environment[name]
+    if not (text.isascii() and text.isdigit() and int(text) >= at_least):
+        raise UserError(
+            f"{name}={text!r} in the environment should be a whole number of {at_least} or more; torchrun and srun set it "
+            "themselves, for a single process take RANK and WORLD_SIZE out"
+        )
+    return int(text)
 
 
 def quiet() -> None:

@@ -14,6 +14,7 @@ EVENTS_FILE = "events.jsonl"
 KINDS = (
     "start",  # host, world_size, job
     "save",
+    "prune",  # older checkpoints could not be deleted
     "draw",
     "nonfinite",  # a step left out
     "spike",  # loss, limit, action

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vilg.checkpoint.from_export import fill_from_export
-from vilg.checkpoint.load import verify_files
 from vilg.checkpoint.save import Saver
 from vilg.checkpoint.state import parameter_table, read_state, versions
+from vilg.checkpoint.verify import verify_files
 from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.data.loader import Loader, LoaderState, bad_sample_path, open_data
 from vilg.errors import UserError
@@ -198,7 +199,8 @@ def _loader(
 def _introduce(run: Run, checkpoint: Path | None) -> None:
     """Say what runs: sizes, layout, optimizer, where it starts; and leave the merged DeepSpeed config for people."""
     recipe, layout = run.recipe, run.engine.layout
-    parameters = sum(p.numel() for p in run.engine.model.parameters())
+    parameters = num_parameters_here(run.engine.model)
+    cut = f" cut over {layout['data']} data ranks" if layout["zero_stage"] == 3 else ""
     if run.ranks.is_main:
         write_recipe(recipe)  # only now: a start that failed above leaves the folder as it was
         (recipe.run_dir / DONE_FILE).unlink(missing_ok=True)
@@ -206,7 +208,7 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
             write_atomically(recipe.run_dir / "deepspeed.json", (json.dumps(config, indent=2) + "\n").encode())
     found = versions()
     run.log.say(
-        f"{recipe.name}: {parameters / 1e6:.1f}M parameters per rank, {layout['engine']} (ZeRO {layout['zero_stage']}), "
+        f"{recipe.name}: {parameters / 1e6:.1f}M parameters per rank{cut}, {layout['engine']} (ZeRO {layout['zero_stage']}), "
         f"{run.ranks.world_size} process(es) = {_describe(recipe, layout)}, {recipe.precision}, "
         f"{run.engine.optimizer_name}, torch {found['torch']}, deepspeed {found['deepspeed']}"
     )
@@ -220,6 +222,11 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
         job=os.environ.get("SLURM_JOB_ID", ""),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
     )
+
+
+def num_parameters_here(model: nn.Module) -> int:
+    """Parameters of this tensor and pipeline rank, also where ZeRO 3 has cut them over the data ranks."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 
 
 def _describe(recipe: Recipe, layout: dict[str, Any]) -> str:

@@ -167,6 +167,8 @@ class Run:
             self.log.event(
                 "save", self.saved_step, text, seconds=round(saved.seconds, 3), stopped_seconds=round(self._stopped, 3)
             )
+            if saved.trouble:
+                self.log.event("prune", self.saved_step, f"saved, but older checkpoints stay: {saved.trouble}", warn=True)
 
     def close(self) -> None:
         """End this start of the run, after its last save. A finished run leaves the file that tells batch scripts not to

@@ -62,12 +62,11 @@ def open_run_dir(recipe: Recipe, lock: RunLock, accept: Sequence[str] = ()) -> t
     folder = recipe.run_dir
     _check_place(folder)
     lock.acquire()
-    checkpoint, notes = _recognise(recipe, accept)
-    if swept := sweep(folder):
-        notes.append(f"removed what an interrupted save left behind: {', '.join(swept)}")
+    _, notes = _recognise(recipe, accept)  # before the folder is changed
+    notes += sweep(folder)
     for name in (LOGS, SAMPLES):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    return checkpoint, notes
+    return latest_checkpoint(folder), notes
 
 
 def check_run_dir(recipe: Recipe, accept: Sequence[str] = ()) -> list[str]:

@@ -3,7 +3,7 @@
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,14 +20,17 @@ from vilg.parallel.precision import DTYPES
 Kind = Literal["master", "weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+# Called with the folder, its state and a file's name, once or more, before tensors are taken from that file.
+OnOpen = Callable[[Path, RunState, str], None]
 _JOINED = 1 << 19  # numbers joined at once: they stay in a core's cache
 
 
 class Weights(ABC):
     """The tensors of one checkpoint, under the names of `Vilg`, whatever the layout of its files."""
 
-    def __init__(self, folder: Path, state: RunState) -> None:
+    def __init__(self, folder: Path, state: RunState, on_open: OnOpen | None = None) -> None:
         self.folder, self.state = folder, state
+        self._on_open = on_open or (lambda folder, state, name: None)
         self.dtype = DTYPES[state.layout["precision"]]
         self.has_masters = self.dtype != torch.float32
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vilg.checkpoint.reader.base import MOMENTS, Kind, Weights
+from vilg.checkpoint.reader.base import MOMENTS, Kind, OnOpen, Weights
 from vilg.checkpoint.state import RunState
 from vilg.checkpoint.tensors import load_tensors
 from vilg.errors import UserError
@@ -31,8 +31,8 @@ Address = tuple[int, int]  # start, count
 class DeepSpeedWeights(Weights):
     """Reads them tensor by tensor; a file is mapped when something in it is first asked for."""
 
-    def __init__(self, folder: Path, state: RunState) -> None:
-        super().__init__(folder, state)
+    def __init__(self, folder: Path, state: RunState, on_open: OnOpen | None = None) -> None:
+        super().__init__(folder, state, on_open)
         self.data, self.pipeline, self.stage = (state.layout[key] for key in ("data", "pipeline", "zero_stage"))
         self._open = cache(self._open_file)
         self._pieces = cache(self._pieces_of)
@@ -98,6 +98,7 @@ class DeepSpeedWeights(Weights):
         return self.state.parameters[name]["stage"] * self.tensor_size + rank
 
     def _open_file(self, name: str) -> dict[str, Any]:
+        self._on_open(self.folder, self.state, name)
         return load_tensors(self.folder / name, mmap=True)
 
     def _optimizer(self, mp_rank: int, data_rank: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vilg.checkpoint.reader.base import Kind, Weights
+from vilg.checkpoint.reader.base import Kind, OnOpen, Weights
 from vilg.checkpoint.state import RunState
 from vilg.errors import UserError
 
@@ -18,8 +18,8 @@ class TorchWeights(Weights):
 
     tensor_size = 1
 
-    def __init__(self, folder: Path, state: RunState) -> None:
-        super().__init__(folder, state)
+    def __init__(self, folder: Path, state: RunState, on_open: OnOpen | None = None) -> None:
+        super().__init__(folder, state, on_open)
         self._files, self._keys = {}, {}
         for file in (MODEL_FILE, OPTIMIZER_FILE):
             try:
@@ -43,4 +43,5 @@ class TorchWeights(Weights):
     def _get(self, file: str, key: str) -> Tensor:
         if key not in self._keys[file]:
             raise UserError(f"{self.folder / file}: holds no {key}; the checkpoint is damaged, use an earlier one")
+        self._on_open(self.folder, self.state, file)
         return self._files[file].get_tensor(key)

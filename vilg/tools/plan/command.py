@@ -8,7 +8,7 @@ from vilg.config import load_recipe, take_overrides
 from vilg.errors import UserError
 from vilg.tools.plan.hardware import DEFAULT_GPU, GIB, GPUS, gpu_named
 from vilg.tools.plan.planner import plan
-from vilg.tools.plan.report import as_json, format_plan, format_search
+from vilg.tools.plan.report import as_json, format_plan, format_search, not_counted
 from vilg.tools.plan.search import overrides, require_fit, search
 
 
@@ -16,6 +16,8 @@ def main(argv: Sequence[str]) -> int:
     """Run `vilg plan`; raises UserError, also for a recipe that does not fit."""
     given, rest = take_overrides(argv)
     options = _parser().parse_args(rest)
+    if options.gpus is not None and options.gpus < 1:
+        raise UserError(f"--gpus {options.gpus} is no number of ranks; use 1 or more, or leave it out")
     recipe = load_recipe(options.recipe, given, world_size=None if options.search else options.gpus)
     gpus = options.gpus or recipe.parallel.tensor * recipe.parallel.pipeline
     gpu = gpu_named(
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             batch = f"global batch {recipe.batch.global_size} pairs"
             print(f"{recipe.name} on {gpus} x {gpu.name}, {batch}: layouts that fit, fastest first")
-            print(format_search(found))
+            print("\n".join([*not_counted(found[0]), format_search(found)]))
             print(f"the first: {overrides(found[0])}")
         return 0
     made = plan(recipe, gpus=gpus, gpu=gpu)

@@ -1,8 +1,9 @@
 """Bytes that one rank of a pipeline stage holds at the worst moment of a step.
 
 Activations follow Korthikanti et al. (2205.05198, equations 1 to 6), recounted for our block in `block_activations`.
-Sparse attention keeps no scores: only q, k, v, the result and one fp32 log-sum per query and head. All before a GPU has
-been asked: a test compares the activations with what torch keeps on a CPU; overhead and buffers are estimates.
+Sparse attention keeps no scores: only q, k, v, the result and one fp32 log-sum per query and head. A test
+compares the activations with what torch keeps on a CPU, another the sum with the one run measured on a GPU
+(docs/planning.md); overhead and buffers are estimates.
 """
 
 from dataclasses import dataclass

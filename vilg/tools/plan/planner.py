@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import get_args
 
 from vilg.config import Recipe
 from vilg.config.deepspeed import merged_deepspeed_config, offloads_optimizer, secondary_partition, zero_stage
-from vilg.config.schema import ModelConfig
+from vilg.config.schema import ModelConfig, Recompute
 from vilg.errors import UserError
 from vilg.model import size
 from vilg.tokens.sequence import SequenceSpec
@@ -44,7 +45,8 @@ class Plan:
     """What a step costs. Operations are those of `model/size.py`; tokens count all slots of all sequences.
 
     model_flops, hardware_flops: of a step over all ranks, without and with what is computed again. memory_per_rank:
-    bytes of the fullest rank, in stage `worst_stage`. mfu = model_flops / (step_seconds * gpus * peak), hfu alike.
+    bytes of the fullest rank, in stage `worst_stage`; activations_by_mode: its activations under every `recompute`.
+    not_counted: keys of the recipe whose memory and work are in no figure here. mfu = model_flops / (step_seconds * gpus * peak), hfu alike.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Plan:
     model_flops: float
     hardware_flops: float
     timing: Timing
+    activations_by_mode: dict[str, int]
+    not_counted: tuple[str, ...]
 
     @property
     def memory_per_rank(self) -> int:
@@ -143,6 +147,8 @@ def plan(recipe: Recipe, *, gpus: int, gpu: str | Gpu = DEFAULT_GPU, zero: dict 
     spread = Spread(data, tensor, pipeline)
     timings = [step_time(stage.work, spread, gpu) for stage in stages]
     slowest = max(range(pipeline), key=lambda number: timings[number].step)
+    worst = max(range(pipeline), key=lambda number: stages[number].memory.total)
+    held = (stages[worst].first_layer, stages[worst].stop_layer, stages[worst].in_flight)
     sequences = recipe.batch.global_size * (2 if recipe.data.directions == "both" else 1)
     model_flops = step_flops(recipe, spec)
     return Plan(
@@ -151,9 +157,11 @@ def plan(recipe: Recipe, *, gpus: int, gpu: str | Gpu = DEFAULT_GPU, zero: dict 
         precision=recipe.precision, sequence=parallel.sequence, recompute=parallel.recompute,
         recompute_every=parallel.recompute_every, micro_size=recipe.batch.micro_size, micro_batches=micro_batches,
         parameters=size.num_parameters(config, spec), stages=tuple(stages),
-        worst_stage=max(range(pipeline), key=lambda number: stages[number].memory.total), slowest_stage=slowest,
+        worst_stage=worst, slowest_stage=slowest,
         sequences_per_step=sequences, tokens_per_step=sequences * spec.num_slots, model_flops=model_flops,
         hardware_flops=model_flops + step_recomputed_flops(recipe, spec), timing=timings[slowest],
+        activations_by_mode={mode: _activations(place, *held, mode) for mode in get_args(Recompute)},
+        not_counted=_not_counted(config),
     )  # fmt: skip
 
 
@@ -211,6 +219,23 @@ def _stages(config: ModelConfig, spec: SequenceSpec, tensor: int, pipeline: int)
     return bounds, size.rank_parameters(config, spec, tensor=tensor, pipeline=pipeline)
 
 
+def _not_counted(config: ModelConfig) -> tuple[str, ...]:
+    if config.reconstructor is None:
+        return ()
+    joint = config.reconstructor.joint_quantizer is not None
+    return ("model.reconstructor", *(["model.reconstructor.joint_quantizer"] if joint else []))
+
+
+def _activations(place: _Place, first: int, stop: int, in_flight: int, recompute: Recompute) -> int:
+    """Of layers [first, stop). The recipe's `recompute_every` belongs to the recipe's own way of recomputing."""
+    parallel, config = place.recipe.parallel, place.recipe.model
+    return activation_bytes(
+        config, place.spec, blocks=range(max(first, 1) - 1, min(stop, config.num_layers + 1) - 1), in_flight=in_flight,
+        sequences=place.sequences, width=place.width, tensor=parallel.tensor, sequence=parallel.sequence,
+        recompute=recompute, recompute_every=parallel.recompute_every if recompute == parallel.recompute else 1,
+    )  # fmt: skip
+
+
 def _memory(place: _Place, first: int, stop: int, parameters: int, in_flight: int) -> Memory:
     recipe, spec, data, width = place.recipe, place.spec, place.data, place.width
     parallel, config, stage = recipe.parallel, recipe.model, zero_stage(place.zero)
@@ -219,12 +244,7 @@ def _memory(place: _Place, first: int, stop: int, parameters: int, in_flight: in
     )
     shared = secondary_partition(place.zero)
     second_copy = width * parameters // shared if shared and stage == 3 else 0
-    blocks = range(max(first, 1) - 1, min(stop, config.num_layers + 1) - 1)
-    activations = activation_bytes(
-        config, spec, blocks=blocks, in_flight=in_flight, sequences=place.sequences, width=width,
-        tensor=parallel.tensor, sequence=parallel.sequence, recompute=parallel.recompute,
-        recompute_every=parallel.recompute_every,
-    )  # fmt: skip
+    activations = _activations(place, first, stop, in_flight, parallel.recompute)
     logits = 0
     if stop == config.num_layers + 2:
         logits = logit_bytes(

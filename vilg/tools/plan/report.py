@@ -16,6 +16,13 @@ def format_plan(plan: Plan) -> str:
     return "\n".join([*_head(plan), "", *_memory(plan), "", *_traffic(plan), "", *_time(plan)])
 
 
+def not_counted(plan: Plan) -> list[str]:
+    """A line that names the parts of the recipe that no figure contains; none if there are none."""
+    if not plan.not_counted:
+        return []
+    return [f"NOT COUNTED, neither memory nor time: {', '.join(plan.not_counted)}; leave room (docs/end_to_end.md)"]
+
+
 def format_search(plans: Sequence[Plan], *, limit: int = 12) -> str:
     """The best layouts as a table, fastest first."""
     lines = [
@@ -45,6 +52,7 @@ def _head(plan: Plan) -> list[str]:
         f"{plan.gpus} x {plan.gpu.name}: data {plan.data} x tensor {plan.tensor}{sequence} x pipeline {plan.pipeline}, "
         f"ZeRO {plan.zero_stage} ({plan.zero_file}), {plan.micro_batches} micro-batches of {plan.micro_size} pairs, "
         f"recompute {plan.recompute}{every}",
+        *not_counted(plan),
     ]
 
 
@@ -58,9 +66,11 @@ def _memory(plan: Plan) -> list[str]:
         layers = f"{stage.first_layer}-{stage.stop_layer - 1}"
         columns = "".join(f"  {_bytes(count):>13}" for count in held)
         lines.append(f"  {number:>5}  {layers:>8}  {_short(stage.parameters):>10}{columns}")
+    modes = ", ".join(f"{mode} {_bytes(count)}" for mode, count in plan.activations_by_mode.items())
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     return [
         *lines,
+        f"  activations of stage {plan.worst_stage} by parallel.recompute: {modes}",
         f"  fullest: stage {plan.worst_stage}, {_bytes(plan.memory_per_rank)} of {_bytes(plan.memory_limit)}: {verdict}. "
         "Parameters and state are counted, the rest is estimated",
     ]

@@ -84,13 +84,15 @@ def _candidates(recipe: Recipe, gpus: int, gpu: Gpu) -> Iterator[tuple[Recipe, d
 
 def _broken(candidate: Recipe, gpus: int, zero: dict, data: int) -> bool:
     shared = secondary_partition(zero)
-    if shared and (data % shared or shared >= data):
-        return True
-    return bool(check_recipe(candidate, world_size=gpus, zero_stage=zero_stage(zero)))
+    if shared and shared >= data:
+        return True  # one node: the second copy would be the first again
+    return bool(check_recipe(candidate, world_size=gpus, deepspeed=zero))
 
 
 def _zero_files(recipe: Recipe) -> dict[Path, dict]:
-    """The recipe's DeepSpeed file and those of its folder that are named after a ZeRO stage."""
+    """The recipe's DeepSpeed file, which `load_recipe` has checked, and those of its folder that are named after a ZeRO
+    stage and sound."""
     own = recipe.parallel.deepspeed
     others = sorted(path for path in own.parent.glob("zero*.json") if _ZERO_FILE.fullmatch(path.name))
-    return {path: read_deepspeed_file(path).value for path in dict.fromkeys([own, *others])}
+    read = {path: read_deepspeed_file(path) for path in dict.fromkeys([own, *others])}
+    return {path: marked.value for path, marked in read.items() if not marked.problems}
