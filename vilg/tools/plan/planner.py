@@ -46,7 +46,8 @@ class Plan:
 
     model_flops, hardware_flops: of a step over all ranks, without and with what is computed again. memory_per_rank:
     bytes of the fullest rank, in stage `worst_stage`; activations_by_mode: its activations under every `recompute`.
-    not_counted: keys of the recipe whose memory and work are in no figure here. mfu = model_flops / (step_seconds * gpus * peak), hfu alike.
+    not_counted: keys of the recipe whose memory and work are in no figure here.
+    mfu = model_flops / (step_seconds * gpus * peak), hfu alike.
     """
 
     name: str
