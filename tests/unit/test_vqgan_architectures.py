@@ -156,6 +156,10 @@ def test_the_gumbel_quantizer_anneals_mixes_and_knows_its_divergence():
     torch.nn.init.zeros_(codebook.logits.weight)
     torch.nn.init.zeros_(codebook.logits.bias)
     assert quantizer(vectors)[2].item() == pytest.approx(0, abs=1e-6)
+    torch.nn.init.constant_(codebook.logits.weight, 1e3)
+    codebook.logits.weight.data[3:] = 0  # shares that are 0 to the last bit
+    (gradient,) = torch.autograd.grad(quantizer(vectors)[2], codebook.logits.weight)
+    assert gradient.isfinite().all()
     soft = GumbelQuantizer(codebook, QuantizerConfig(straight_through=False))
     rows = soft(vectors)[0].permute(0, 2, 3, 1).reshape(-1, 8)
     assert (torch.cdist(rows, codebook.vectors).min(1).values > 1e-3).all()

@@ -102,5 +102,6 @@ class GumbelQuantizer(nn.Module):
 
 
 def _divergence(shares: Tensor) -> Tensor:
-    """KL(shares || uniform) in nats along the last axis, from 0 to log K."""
-    return torch.special.xlogy(shares, shares).sum(-1) + math.log(shares.shape[-1])
+    """KL(shares || uniform) in nats along the last axis, from 0 to log K; its gradient is finite where a share is 0."""
+    logarithms = shares.clamp_min(torch.finfo(shares.dtype).tiny).log()
+    return (shares * logarithms).sum(-1) + math.log(shares.shape[-1])
