@@ -159,12 +159,28 @@ class _Job:
             self.failure = error
 
 
+def leftovers(run_dir: Path) -> list[Path]:
+    """Folders that an interrupted save or deletion left behind."""
+    return [p for p in (run_dir / CHECKPOINTS).glob(".step_*") if p.name.endswith((_PARTIAL, _REPLACED))]
+
+
 def sweep(run_dir: Path) -> list[str]:
-    """Delete what an interrupted save or deletion left behind; the names of the folders removed."""
-    leftovers = [p for p in (run_dir / CHECKPOINTS).glob(".step_*") if p.name.endswith((_PARTIAL, _REPLACED))]
-    for path in leftovers:
+    """Delete the leftovers; the names of the folders removed."""
+    found = leftovers(run_dir)
+    for path in found:
         shutil.rmtree(path)
-    return [path.name for path in leftovers]
+    return [path.name for path in found]
+
+
+def past_checkpoints(folder: Path, name: str) -> list[Path]:
+    """Checkpoints in `folder` up to the one of that name, oldest first; later ones are not this run's past."""
+    return sorted(p for p in folder.glob("step_*") if p.name <= name)
+
+
+def kept_for_good(path: Path, keep_every: int) -> bool:
+    """Whether a checkpoint stays when newer ones push it out."""
+    number = int(path.name.removeprefix("step_"))
+    return keep_every > 0 and number > 0 and number % keep_every == 0
 
 
 def write_latest(run_dir: Path, name: str) -> None:
@@ -210,11 +226,9 @@ def _publish(partial: Path, final: Path, state: RunState) -> None:
 
 
 def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Delete checkpoints older than the newest `keep_last` of this run's past; later ones are not this run's past."""
-    past = sorted(p for p in folder.glob("step_*") if p.name <= step_name(step))
-    for path in past[:-keep_last]:
-        number = int(path.name.removeprefix("step_"))
-        if keep_every and number and number % keep_every == 0:
+    """Delete checkpoints older than the newest `keep_last` of this run's past."""
+    for path in past_checkpoints(folder, step_name(step))[:-keep_last]:
+        if kept_for_good(path, keep_every):
             continue
         # Renamed first: a deletion that is cut short must not leave a folder that looks like a checkpoint.
         hidden = path.with_name(f".{path.name}{_REPLACED}")
