@@ -108,7 +108,7 @@ def test_what_cannot_be_planned_is_refused():
         main([DEBUG, "--gpus", "5", "--parallel.tensor=2"])
     with pytest.raises(UserError, match="--gpus 5 is no multiple of parallel.tensor=2"):
         plan(load_recipe(DEBUG, ["parallel.tensor=2"]), gpus=5)
-    with pytest.raises(UserError, match="--gpu k80 is not in the table; use a100-40g"):
+    with pytest.raises(UserError, match="--gpu k80 is not in the table; name the nearest of a100-40g"):
         main([DEBUG, "--gpu", "k80"])
     with pytest.raises(UserError, match="network=-1e"):
         main([DEBUG, "--network-gbs", "-1"])
