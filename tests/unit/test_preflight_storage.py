@@ -65,64 +65,79 @@ def test_what_an_interrupted_save_left_counts_as_free(tmp_path, monkeypatch):
     assert space_row(recipe, 0.6, monkeypatch)[0] == "ok"
 
 
-def report_of(rank: int, world_size: int, overrides: list[list[str]]) -> Report:
-    """Every rank is a node of its own and has its own recipe, as if paths led elsewhere there."""
+def reports_of(rank: int, world_size: int, cases: list[list[dict]]) -> list[Report]:
+    """A report of every case. Every rank is a node of its own with its own recipe, as if paths led elsewhere there."""
+    ranks, reports = Ranks(rank, world_size, rank, torch.distributed.group.WORLD), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURMD_NODENAME", f"node{rank + 1}")
         patch.setattr(storage, "_SETTLE_SECONDS", 0.5)
-        ranks = Ranks(rank, world_size, rank, torch.distributed.group.WORLD)
-        report = Report.begin(ranks)
-        check_storage(report, load_recipe(DEBUG_RECIPE, overrides[rank], cross_checks=False), ranks)
-        return report
+        for nodes in cases:
+            overrides = [f"{key}={value}" for key, value in nodes[rank].items()]
+            reports.append(Report.begin(ranks))
+            check_storage(reports[-1], load_recipe(DEBUG_RECIPE, overrides, cross_checks=False), ranks)
+    return reports
 
 
-@pytest.fixture
-def reported(tmp_path):
-    """The report of three nodes, the last of which is given other paths."""
-    found = {key: str(value) for key, value in make_data(tmp_path).items()} | {"run_dir": str(tmp_path / "run")}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("preflight")
 
-    def make(**changes: object) -> Report:
-        there = found | {key.replace("__", "."): value for key, value in changes.items()}
-        overrides = [[f"{key}={value}" for key, value in each.items()] for each in (found, found, there)]
-        reports = run_distributed(3, report_of, (overrides,))
-        assert reports[0] == reports[1] == reports[2]
-        assert not list((tmp_path / "run").glob(".vilg*"))
-        return reports[0]
 
-    return make
+@pytest.fixture(scope="module")
+def reports(folder) -> dict[str, Report]:
+    """Reports of three nodes, the last of which finds other things where the others have theirs."""
+    found = make_data(folder)
+    damaged = Path(shutil.copytree(found["data.train"], folder / "damaged"))
+    shutil.copy(__file__, damaged / "00000.tar")
+    (folder / "local").mkdir()
+    (folder / "two folders").mkdir()
+    (folder / "two folders" / ".vilg-preflight-seen-node9").touch()  # of an earlier preflight that was killed
+    missing = {"tokens.text_model": folder / "not" / "there.model", "data.train": folder / "not" / "there"}
+    cases = {
+        "equal": ({}, {}),
+        "no folder": ({}, {"run_dir": folder / "unmounted" / "run"}),
+        "two folders": ({}, {"run_dir": folder / "local"}),
+        "no data": ({}, missing),
+        "damaged shard": ({"data.train": damaged}, {}),
+    }
+    nodes = []
+    for name, (changes, on_the_last) in cases.items():
+        here = {**found, "run_dir": folder / name, **changes}
+        nodes.append([here, here, {**here, **on_the_last}])
+    made = run_distributed(3, reports_of, (nodes,))
+    assert made[0] == made[1] == made[2]
+    return dict(zip(cases, made[0]))
 
 
 def bad(report: Report) -> dict[str, str]:
     return {row.check: row.detail for row in report.rows if row.status == "bad"}
 
 
-def test_nodes_that_see_the_same_are_fine(reported):
-    report = reported()
+def test_nodes_that_see_the_same_are_fine_and_nothing_is_left_behind(reports, folder):
+    report = reports["equal"]
     assert bad(report) == {} and report.bad_nodes == []
     assert [row.check for row in report.rows] == ["run folder", "disk space", "disk speed", "tokenizers", "shards"]
+    assert not list((folder / "equal").iterdir())
 
 
-def test_a_node_without_the_run_folder_is_blamed_and_makes_none(reported, tmp_path):
-    report = reported(run_dir=tmp_path / "unmounted" / "run")
+def test_a_node_without_the_run_folder_is_blamed_and_makes_none(reports, folder):
+    report = reports["no folder"]
     assert report.bad_nodes == ["node3"] and "is not there; is its file system mounted?" in bad(report)["run folder"]
-    assert not (tmp_path / "unmounted").exists()
+    assert not (folder / "unmounted").exists()
 
 
-def test_a_node_whose_run_folder_is_another_one_is_blamed(reported, tmp_path):
-    (tmp_path / "own").mkdir()
-    report = reported(run_dir=tmp_path / "own")
+def test_a_node_whose_run_folder_is_another_one_is_blamed(reports, folder):
+    report = reports["two folders"]
     assert report.bad_nodes == ["node3"] and "with the files of 1 node(s) (node3)" in bad(report)["run folder"]
-    assert not list((tmp_path / "own").iterdir())
+    assert not list((folder / "local").iterdir())
 
 
-def test_a_node_that_cannot_read_tokenizer_or_shards_is_blamed(reported, tmp_path):
-    report = reported(tokens__text_model=tmp_path / "not" / "there.model", data__train=tmp_path / "not" / "there")
+def test_a_node_that_cannot_read_tokenizer_or_shards_is_blamed(reports):
+    report = reports["no data"]
     assert report.bad_nodes == ["node3"] and set(bad(report)) == {"tokenizers", "shards"}
     assert all(text.startswith("node3: ") for text in bad(report).values())
 
 
-def test_a_damaged_shard_is_bad_and_no_nodes_fault(reported, tmp_path):
-    (shard,) = list(Path(tmp_path).rglob("00000.tar"))[:1]
-    shutil.copy(__file__, shard)
-    report = reported()
+def test_a_damaged_shard_is_bad_and_no_nodes_fault(reports):
+    report = reports["damaged shard"]
     assert list(bad(report)) == ["shards"] and report.bad_nodes == [] and "00000.tar" in bad(report)["shards"]

@@ -90,11 +90,14 @@ def _same_folder(report: Report, folder: Path, ranks: Ranks) -> None:
         return "written"
 
     def look() -> str:
-        deadline = time.monotonic() + _SETTLE_SECONDS
-        while len(seen := sorted(folder.glob(f"{_MARK}*"))) < len(report.node_names) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        names = ", ".join(path.name.removeprefix(_MARK) for path in seen[:3])
-        return f"run_dir={folder} with the files of {len(seen)} node(s) ({names})"
+        # By name: a listing of the folder may be half a minute old on NFS, and hold what a killed preflight has left.
+        deadline, seen = time.monotonic() + _SETTLE_SECONDS, []
+        while len(seen) < len(report.node_names):
+            seen = [node for node in report.node_names if (folder / f"{_MARK}{node}").exists()]
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        return f"run_dir={folder} with the files of {len(seen)} node(s) ({', '.join(seen[:3])})"
 
     if _on_every_node(report, ranks, "run folder", leave_mark):
         _on_every_node(report, ranks, "run folder", look)
