@@ -77,6 +77,8 @@ def test_a_submitted_recipe_trains_to_the_end_on_two_nodes(unbroken):
     assert f"step {STEPS}/{STEPS}" in (unbroken.run_dir / LOGS / "rank_0.out").read_text()
     report = json.loads((unbroken.run_dir / LOGS / "preflight.json").read_text())
     assert report["bad_nodes"] == [] and all(row["status"] != "bad" for row in report["rows"])
+    status = {row["check"]: row["status"] for row in report["rows"]}
+    assert {status[f"{way} in a node"] for way in ("all-reduce", "reduce-scatter", "p2p")} <= {"ok", "slow"}
 
 
 @pytest.mark.slow
@@ -91,13 +93,14 @@ def test_the_demos_recipe_trains_to_the_end_on_two_nodes_and_draws_its_sheets(su
     assert (job.run_dir / "samples" / "step_00000040.png").exists()
 
 
-@pytest.mark.slow
-def test_a_mistake_that_only_the_ranks_can_see_is_not_tried_again(submit, tmp_path):
+def test_a_mistake_that_only_the_ranks_can_see_is_not_tried_again_by_job_or_chain(submit, tmp_path):
     prompts = {"samples__every_steps": 10, "samples__prompts": f"[{'a red horse ' * 30}]"}
-    job = submit(tmp_path / "run", "--no-preflight", **prompts)
-    facts = job.wait()
-    assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0", job.text()
-    assert "samples.prompts" in job.text() and "requeued" not in job.text()
+    job = submit(tmp_path / "run", "--no-preflight", "--chain", "2", **prompts)
+    first = replace(job, numbers=job.numbers[:1])
+    facts = first.wait()
+    assert facts["JobState"] == "FAILED" and facts["Restarts"] == "0", first.text()
+    assert "samples.prompts" in first.text() and "requeued" not in first.text()
+    assert job.wait()["JobState"] == "FAILED" and "found a mistake in recipe or data; not started" in job.text()
 
 
 def test_batch_jobs_that_wait_for_each_other_export_a_run_draw_write_and_serve(cluster, unbroken, tmp_path):
@@ -171,7 +174,7 @@ def test_scancel_leaves_no_process(submit, cluster, tmp_path):
     assert stop > 0 and (job.run_dir / "LATEST").read_text().strip() == f"step_{stop:08d}"
 
 
-@pytest.mark.parametrize("node", ["node2", pytest.param("node1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("node", ["node2", "node1"])
 def test_a_run_goes_on_with_the_nodes_that_are_left(submit, cluster, unbroken, tmp_path, node):
     """node1 holds the batch script: there SLURM itself requeues."""
     job = submit(tmp_path / "run", "--no-preflight", nodes="1-2")

@@ -157,7 +157,7 @@ def test_what_cannot_be_planned_is_refused():
     for wrong in (["--gpus", "0"], ["--gpus", "-4"], ["--gpus", "0", "--search"]):
         with pytest.raises(UserError, match=rf"--gpus {wrong[1]} is no number of ranks; use 1 or more"):
             main([DEBUG, *wrong])
-    with pytest.raises(UserError, match="--gpu k80 is not in the table; use a100-40g"):
+    with pytest.raises(UserError, match="--gpu k80 is not in the table; name the nearest of a100-40g"):
         main([DEBUG, "--gpu", "k80"])
     with pytest.raises(UserError, match="network=-1e"):
         main([DEBUG, "--network-gbs", "-1"])

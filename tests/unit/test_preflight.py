@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from tests.distributed.helpers import run_distributed
-from tests.golden.make import DEBUG_RECIPE, make_data
+from tests.golden.make import DEBUG_RECIPE, ROOT, make_data
+from vilg.__main__ import main as vilg
+from vilg.checkpoint.state import source_commit
 from vilg.tools import bandwidth
 from vilg.tools.bandwidth import partners
-from vilg.tools.machines import Report, check_machines, health_row
+from vilg.tools.findings import Report
+from vilg.tools.machines import check_machines, versions_row
 from vilg.tools.peers import find_different, find_slow
 from vilg.tools.preflight import examine
 
@@ -56,19 +59,16 @@ def test_partners_are_pairs_inside_a_node_and_across_two():
     assert inside == [1, 0, 3, 2, None] and across == [2, 3, 0, 1, None]
 
 
-def test_gpu_faults_blame_their_node():
-    fine = {
-        "uncorrected ECC errors": "0",
-        "pages to be retired": "[N/A]",
-        "max clock (MHz)": "1410",
-        "slowed by hardware": "Not Active",
-    }
-    report = Report(nodes=["a", "b", "c"])
-    assert health_row([fine, fine, fine], report).status == "ok" and report.bad_nodes == []
-    row = health_row([fine, fine | {"uncorrected ECC errors": "2"}, fine | {"max clock (MHz)": "900"}], report)
+def test_versions_and_commits_must_be_equal_and_an_unknown_commit_is_no_difference():
+    facts = {"torch": "2.13.0", "triton": "3.6.0", "NCCL": "2.27.5", "driver": "570.1"}
+    commit, report = "0123456789abcdef", Report(nodes=["a", "a", "b", "c"])
+    row = versions_row([facts] * 4, [commit, "", commit, ""], report)
+    assert row.status == "ok" and report.bad_nodes == []
+    assert row.detail == "equal on 3 node(s): torch 2.13.0, triton 3.6.0, NCCL 2.27.5, driver 570.1, commit 0123456789ab"
+    row = versions_row([facts] * 3 + [facts | {"NCCL": "2.18.1"}], [commit, "", commit + "+", ""], report)
     assert row.status == "bad" and report.bad_nodes == ["b", "c"]
-    assert "b (rank 1): uncorrected ECC errors 2" in row.detail and "c: max clock 900 instead of 1410" in row.detail
-    assert health_row([fine, {}, fine], report).status == "absent"
+    assert "c: NCCL 2.18.1 instead of 2.27.5" in row.detail
+    assert f"b: vilg's commit {commit}+ instead of {commit}" in row.detail
 
 
 def report_of(rank: int, world_size: int, overrides: list[str]) -> Report:
@@ -86,8 +86,9 @@ def wrong_sum(rank: int, world_size: int) -> Report:
         patch.setenv("SLURMD_NODENAME", f"node{rank}")
         if rank == 1:
             patch.setattr(bandwidth, "_check", lambda data, n: (_ for _ in ()).throw(bandwidth.WrongSum("wrong")))
-        report = Report()
-        check_machines(report, Ranks(rank, world_size, rank, torch.distributed.group.WORLD), torch.device("cpu"))
+        ranks = Ranks(rank, world_size, rank, torch.distributed.group.WORLD)
+        report = Report.begin(ranks)
+        check_machines(report, ranks, torch.device("cpu"))
         return report
 
 
@@ -98,14 +99,26 @@ def test_the_report_of_two_processes_on_a_cpu(tmp_path):
     status = {row.check: row.status for row in report.rows}
     assert set(status.values()) == {"ok", "absent"}, report.rows
     assert [name for name, value in status.items() if value == "absent"] == [
-        "GPUs", "GPU health", "GPU matmul", "GPU memory", "p2p across nodes",
+        "GPUs", "GPU health", "GPU free memory", "GPU matmul", "GPU memory", "p2p across nodes",
     ]  # fmt: skip
     assert {"disk speed", "shards", "CPU matmul", "all-reduce", "reduce-scatter", "p2p in a node"} < set(status)
     assert all(len(values) == 2 for values in report.figures.values()) and json.dumps(report.figures)
 
 
+def test_the_verdict_is_in_the_json_as_the_batch_script_looks_for_it(tmp_path):
+    found = make_data(tmp_path) | {"run_dir": tmp_path / "run"}
+    command = ["preflight", str(DEBUG_RECIPE), "--json", str(tmp_path / "found.json")]
+    command += [f"--{key}={value}" for key, value in found.items()]
+    assert vilg(command) == 0 and '"passed": true' in (tmp_path / "found.json").read_text()
+    (tmp_path / "text.model").write_text("damaged")
+    assert vilg(command) == 1
+    assert '"passed": false' in (tmp_path / "found.json").read_text()
+    assert """grep -qs '"passed": false' "$VERDICT" """ in (ROOT / "launch" / "train.sbatch").read_text()
+
+
 def test_a_rank_that_adds_wrongly_is_bad_and_its_node_is_named():
     report = run_distributed(2, wrong_sum)[0]
     bad = [row for row in report.rows if row.status == "bad"]
+    assert "commit" in report.rows[0].detail or not source_commit()
     assert [row.check for row in bad] == ["all-reduce", "reduce-scatter"] and report.bad_nodes == ["node1"]
     assert {row.check: row.status for row in report.rows}["p2p across nodes"] == "ok"

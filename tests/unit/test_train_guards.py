@@ -81,6 +81,22 @@ def test_a_hang_leaves_stacks_and_the_flight_recorder_names_silent_ranks_and_end
     assert "look there first: rank 1, 2" in event["text"]
 
 
+def test_a_save_that_never_ends_is_a_hang_after_its_own_longer_limit(tmp_path):
+    codes, said = [], []
+    dog = Watchdog(
+        tmp_path, rank=0, world_size=1, timeout=0.1, pause_timeout=2.0, grace=0.0, say=said.append, exit=codes.append
+    )
+    with dog:
+        dog.beat(41)
+        with dog.aside("saving"):
+            time.sleep(0.4)
+            assert codes == []
+            waits_for_ever(codes)
+    assert codes == [EXIT_HANG] and "saving does not end for 2 s after step 41 (guards.pause_timeout)" in said[0]
+    assert "waits_for_ever" in stacks_path(tmp_path, 0).read_text()
+    assert read_events(tmp_path)[-1]["text"].startswith("saving does not end")
+
+
 def waits_for_ever(until: list) -> None:
     deadline = time.monotonic() + 20
     while not until and time.monotonic() < deadline:
@@ -93,7 +109,7 @@ def test_steps_and_pauses_keep_the_watchdog_quiet_and_nothing_is_left_behind(tmp
         for step in range(6):
             time.sleep(0.1)
             dog.beat(step)
-        with dog.paused():
+        with dog.aside("saving"):
             time.sleep(0.8)
         time.sleep(0.1)
     assert codes == [] and list(tmp_path.iterdir()) == []

@@ -164,15 +164,19 @@ class _Job:
             self.failure = error
 
 
+def leftovers(run_dir: Path) -> list[Path]:
+    """Folders that an interrupted save or deletion left behind."""
+    return [p for p in (run_dir / CHECKPOINTS).glob(".step_*") if p.name.endswith((PARTIAL, REPLACED, DELETED))]
+
+
 def sweep(run_dir: Path) -> list[str]:
     """Undo and delete what an interrupted save or deletion left behind; sentences that say so. Raises OSError."""
-    folder = run_dir / CHECKPOINTS
     notes = [f"put {path.name} back, which a crash left half replaced" for path in aside(run_dir) if put_back(path)]
-    leftovers = [p for p in folder.glob(".step_*") if p.name.endswith((PARTIAL, REPLACED, DELETED))]
-    for path in leftovers:
+    left = leftovers(run_dir)
+    for path in left:
         shutil.rmtree(path)
-    if leftovers:
-        notes.append(f"removed what an interrupted save left behind: {', '.join(path.name for path in leftovers)}")
+    if left:
+        notes.append(f"removed what an interrupted save left behind: {', '.join(path.name for path in left)}")
     return notes
 
 
@@ -184,6 +188,17 @@ def aside(run_dir: Path) -> list[Path]:
         if standing(final) == path and is_whole(path):  # an interrupted deletion of an older vilg is neither
             found.append(final)
     return found
+
+
+def past_checkpoints(folder: Path, name: str) -> list[Path]:
+    """Checkpoints in `folder` up to the one of that name, oldest first; later ones are not this run's past."""
+    return sorted(p for p in folder.glob("step_*") if p.name <= name)
+
+
+def kept_for_good(path: Path, keep_every: int) -> bool:
+    """Whether a checkpoint stays when newer ones push it out."""
+    number = int(path.name.removeprefix("step_"))
+    return keep_every > 0 and number > 0 and number % keep_every == 0
 
 
 def write_latest(run_dir: Path, name: str) -> None:
@@ -223,11 +238,9 @@ def _publish(partial: Path, final: Path, state: RunState) -> None:
 
 
 def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Delete checkpoints older than the newest `keep_last` of this run's past; later ones are not this run's past."""
-    past = sorted(p for p in folder.glob("step_*") if p.name <= step_name(step))
-    for path in past[:-keep_last]:
-        number = int(path.name.removeprefix("step_"))
-        if keep_every and number and number % keep_every == 0:
+    """Delete checkpoints older than the newest `keep_last` of this run's past."""
+    for path in past_checkpoints(folder, step_name(step))[:-keep_last]:
+        if kept_for_good(path, keep_every):
             continue
         # Renamed first: a deletion that is cut short must not leave a folder that looks like a checkpoint.
         going = hidden(path, DELETED)

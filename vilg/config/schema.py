@@ -288,7 +288,13 @@ class GuardsConfig(Section):
         ge=0,
         le=1800,
         description="Seconds without a finished step after which every rank leaves its stacks and ends (exit code 75); 0: "
-        "never. Checkpoints and sample sheets do not count; collectives give up by themselves after 1800.",
+        "never. Checkpoints and sample sheets have a limit of their own; collectives give up by themselves after 1800.",
+    )
+    pause_timeout: float = Field(
+        7200.0,
+        ge=0,
+        description="Seconds that training may pause for a checkpoint or a sample sheet before that is a hang; 0: without "
+        "end. Only watched if hang_timeout is not 0.",
     )
     straggler_percent: float = Field(
         30.0,

@@ -40,9 +40,9 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "packages": {name: package_version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "nccl": nccl_version(),
         "gpus": [_gpu(torch, i) for i in range(torch.cuda.device_count())],
         "compiler": compiler(),
         "apex": apex_status(),
@@ -87,7 +87,15 @@ def _table(found: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _version(package: str) -> str | None:
+def nccl_version() -> str | None:
+    """The NCCL that torch uses; None without a GPU."""
+    import torch
+
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
+
+
+def package_version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

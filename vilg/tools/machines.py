@@ -1,122 +1,59 @@
 """Preflight's rows about the machines: versions, GPUs, speed, the ways between them; compared over all ranks."""
 
 import os
-import shutil
-import socket
-import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from vilg.checkpoint.state import versions
+from vilg.checkpoint.state import source_commit, versions
 from vilg.parallel.ranks import Ranks
 from vilg.tools import bandwidth
+from vilg.tools.env import nccl_version, package_version
+from vilg.tools.findings import Report, Row, by_node, node_name
+from vilg.tools.gpus import DRIVER, check_gpus, gpu_health
 from vilg.tools.peers import find_different, find_slow
-
-# Volatile counters: since the last reset. A pending row remapping means that memory has failed and waits for a reset.
-_SMI = {
-    "ecc.errors.uncorrected.volatile.total": "uncorrected ECC errors",
-    "retired_pages.pending": "pages to be retired",
-    "clocks.max.sm": "max clock (MHz)",
-    "clocks_throttle_reasons.hw_slowdown": "slowed by hardware",
-}
-_FAULTS = ("uncorrected ECC errors", "pages to be retired", "slowed by hardware")
-_FINE = {"0", "no", "not active", "n/a", "[n/a]"}  # [N/A]: this kind of GPU does not count it
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the report. slow: a node is far behind its peers; absent: this machine has no such part, no fault."""
-
-    check: str
-    status: Literal["ok", "slow", "bad", "absent"]
-    detail: str
-
-
-@dataclass
-class Report:
-    """What preflight found. figures: measure -> value of every rank; bad_nodes: those to run without."""
-
-    rows: list[Row] = field(default_factory=list)
-    nodes: list[str] = field(default_factory=list)
-    figures: dict[str, list[float | None]] = field(default_factory=dict)
-    bad_nodes: list[str] = field(default_factory=list)
-
-    def blame(self, *nodes: str) -> None:
-        """Count nodes among those to run without."""
-        self.bad_nodes = sorted({*self.bad_nodes, *nodes})
-
-
-def node_name() -> str:
-    """SLURM's name of this node, which is what it can exclude; elsewhere the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check_machines(report: Report, ranks: Ranks, device: torch.device) -> None:
     """Add the rows; all ranks call it."""
-    report.nodes = ranks.gather(node_name())
-    found = ranks.gather(versions())
-    different = find_different(found, report.nodes)
-    if different:
-        report.blame(*different)
-        text = "; ".join(f"{node}: {', '.join(what)}" for node, what in different.items())
-        report.rows.append(Row("versions", "bad", text))
+    health: dict[str, str] = {}
+    if device.type == "cuda":
+        health = gpu_health(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    program = {"triton": package_version("triton"), "NCCL": nccl_version(), DRIVER: health.get(DRIVER)}
+    found = versions() | {name: version for name, version in program.items() if version}
+    commit = source_commit() if report.is_first_of_its_node(ranks.rank) else ""
+    report.rows.append(versions_row(ranks.gather(found), ranks.gather(commit), report))
+    if device.type == "cuda":
+        check_gpus(report, ranks, health)
     else:
-        listed = ", ".join(f"{name} {version}" for name, version in found[0].items())
-        report.rows.append(Row("versions", "ok", f"equal on {len(set(report.nodes))} node(s): {listed}"))
-    _check_gpus(report, ranks, device)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        text = f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB, {torch.get_num_threads()} thread(s) per process"
+        report.rows.append(Row("CPU", "ok", text))
+        absent = ("GPUs", "GPU health", "GPU free memory", "GPU matmul", "GPU memory")
+        report.rows += [Row(name, "absent", "no CUDA device on this machine") for name in absent]
     kind = "GPU" if device.type == "cuda" else "CPU"
     _speed(report, ranks, f"{kind} matmul", 1e12, "TFLOP/s", lambda: bandwidth.matmul_flops(device))
     _speed(report, ranks, f"{kind} memory", 1e9, "GB/s", lambda: bandwidth.memory_bytes(device))
     _check_links(report, ranks, device)
 
 
-def _check_gpus(report: Report, ranks: Ranks, device: torch.device) -> None:
-    if device.type != "cuda":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        text = f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB, {torch.get_num_threads()} thread(s) per process"
-        report.rows.append(Row("CPU", "ok", text))
-        absent = ("GPUs", "GPU health", "GPU matmul", "GPU memory")
-        report.rows += [Row(name, "absent", "no CUDA device on this machine") for name in absent]
-        return
-    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
-    kinds = ranks.gather({"GPU": f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"})
-    different = find_different(kinds, report.nodes)
+def versions_row(found: list[dict[str, str]], commits: list[str], report: Report) -> Row:
+    """Versions and source commits of all ranks as one row; nodes that differ are blamed. commits: empty where git does
+    not say, which is no difference."""
+    different = find_different(found, report.nodes)
+    known = [(commit, node) for commit, node in zip(commits, report.nodes, strict=True) if commit]
+    if known:
+        facts = [{"vilg's commit": commit} for commit, _ in known]
+        for node, what in find_different(facts, [node for _, node in known]).items():
+            different.setdefault(node, []).extend(what)
     report.blame(*different)
-    text = "; ".join(f"{node}: {', '.join(what)}" for node, what in different.items())
-    report.rows.append(Row("GPUs", "bad" if different else "ok", text or f"{len(kinds)} x {kinds[0]['GPU']}"))
-    health = ranks.gather(gpu_health(str(facts.uuid)))
-    report.rows += [health_row(health, report)]
-
-
-def gpu_health(uuid: str) -> dict[str, str]:
-    """What nvidia-smi says of a GPU, by our names; empty where it is missing."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return dict(zip(_SMI.values(), map(str.strip, done.stdout.split(",")))) if done.returncode == 0 else {}
-
-
-def health_row(health: Sequence[dict[str, str]], report: Report) -> Row:
-    """ECC errors, throttling and clocks of all ranks as one row; nodes with a fault are blamed."""
-    if not all(health):
-        text = "nvidia-smi is missing or does not answer: ECC errors and clocks are not checked"
-        return Row("GPU health", "absent", text)
-    faults = []
-    for rank, (facts, node) in enumerate(zip(health, report.nodes, strict=True)):
-        for name in _FAULTS:
-            if facts.get(name, "0").lower() not in _FINE:
-                faults.append(f"{node} (rank {rank}): {name} {facts[name]}")
-                report.blame(node)
-    clocks = find_different([{"max clock": facts["max clock (MHz)"]} for facts in health], report.nodes)
-    report.blame(*clocks)
-    faults += [f"{node}: {', '.join(what)}" for node, what in clocks.items()]
-    fine = f"no ECC errors, no throttling, max clock {health[0]['max clock (MHz)']} MHz"
-    return Row("GPU health", "bad" if faults else "ok", "; ".join(faults) or fine)
+    if different:
+        return Row("versions", "bad", by_node(different))
+    listed = ", ".join(f"{name} {version}" for name, version in found[0].items())
+    commit = f", commit {known[0][0][:12]}{'+' if known[0][0].endswith('+') else ''}" if known else ""
+    return Row("versions", "ok", f"equal on {len(report.node_names)} node(s): {listed}{commit}")
 
 
 def _speed(
@@ -146,7 +83,7 @@ def _speed(
 
 
 def _check_links(report: Report, ranks: Ranks, device: torch.device) -> None:
-    names = sorted(set(report.nodes), key=report.nodes.index)
+    names = report.node_names
     if ranks.world_size == 1:
         detail = "one process; start under torchrun or srun to measure it"
         report.rows += [Row(name, "absent", detail) for name in ("all-reduce", "reduce-scatter", "p2p")]
@@ -159,10 +96,11 @@ def _check_links(report: Report, ranks: Ranks, device: torch.device) -> None:
     gb = 1e9, "GB/s"
     if len(names) > 1:
 
-        def inside() -> float | None:
-            return None if alone else bandwidth.all_reduce_bytes(mine, device)
+        def inside(measure: Callable[..., float]) -> float | None:
+            return None if alone else measure(mine, device)
 
-        _speed(report, ranks, "all-reduce in a node", *gb, inside)
+        _speed(report, ranks, "all-reduce in a node", *gb, lambda: inside(bandwidth.all_reduce_bytes))
+        _speed(report, ranks, "reduce-scatter in a node", *gb, lambda: inside(bandwidth.reduce_scatter_bytes))
     world = dist.group.WORLD
     _speed(report, ranks, "all-reduce", *gb, lambda: bandwidth.all_reduce_bytes(world, device))
     _speed(report, ranks, "reduce-scatter", *gb, lambda: bandwidth.reduce_scatter_bytes(world, device))

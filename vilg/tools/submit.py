@@ -10,54 +10,38 @@ import hashlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vilg.config import Recipe, load_recipe, take_overrides
 from vilg.errors import UserError
 from vilg.tools.batch import partitions, render, sbatch, script_template, test_only
+from vilg.tools.plan.command import gpu_arguments
+from vilg.tools.plan.command import main as plan
+from vilg.tools.plan.hardware import DEFAULT_GPU
+from vilg.tools.submit_options import Nodes, read_options
 from vilg.train.changes import check_accept
 from vilg.train.requests import refuse_stopped
 from vilg.train.rundir import DONE_FILE, LOGS, check_run_dir
 
 TEMPLATE = "train.sbatch"
-FRUITLESS_FILE = "fruitless_starts"  # train.sbatch counts starts without a new checkpoint there
-_NODES = re.compile(r"(\d+)(?:-(\d+))?")
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """least to most nodes, and the processes on each; SLURM chooses anew at every start."""
-
-    least: int
-    most: int
-    tasks: int
-
-    @property
-    def world_sizes(self) -> list[int]:
-        return [nodes * self.tasks for nodes in range(self.least, self.most + 1)]
-
-    def __str__(self) -> str:
-        return f"{self.least}" if self.least == self.most else f"{self.least}-{self.most}"
+# What train.sbatch remembers there: starts without a new checkpoint, and that the ranks have found a mistake.
+REMEMBERED = ("fruitless_starts", "mistake")
 
 
 def main(argv: Sequence[str]) -> int:
     """The command `vilg submit`."""
     arguments, extra = _split(argv)
     overrides, rest = take_overrides(arguments)
-    options = _parser().parse_args(rest)
-    if options.chain < 1:
-        raise UserError(f"--chain {options.chain} is no number of jobs; use 1 or more")
-    nodes = _nodes(options)
+    options, nodes = read_options(rest)
     accept = tuple(filter(None, options.accept.split(",")))
     recipe = _load(options.recipe, overrides, nodes)
     check_accept(accept, recipe)
     passed = [str(options.recipe), *(f"--{o.removeprefix('--')}" for o in overrides)]
     passed += [f"--accept={options.accept}"] if accept else []
     script = _script(recipe, nodes, options, passed)
-    plan = plan_text(options, overrides, nodes)
+    planned = plan_text(options, overrides, nodes)
     if options.dry_run:
-        print(script + "\n" + "\n".join(f"# {line}".rstrip() for line in plan.splitlines()))
+        print(script + "\n" + "\n".join(f"# {line}".rstrip() for line in planned.splitlines()))
         return 0
     if (recipe.run_dir / DONE_FILE).exists():
         print(f"{recipe.run_dir} is finished: nothing to submit")
@@ -68,12 +52,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(
             f"--partition {options.partition}: there is no such partition; this cluster has {', '.join(known)}"
         )
-    print(plan)
+    print(planned)
     for note in [*notes, test_only(script, extra)]:
         print(f"note: {note}")
     logs = recipe.run_dir / LOGS
     logs.mkdir(parents=True, exist_ok=True)
-    (logs / FRUITLESS_FILE).unlink(missing_ok=True)  # somebody has looked at what was wrong
+    for name in REMEMBERED:  # somebody has looked at what was wrong
+        (logs / name).unlink(missing_ok=True)
     (logs / "submitted.sbatch").write_text(script, encoding="utf-8")
     for number in range(options.chain):
         job = sbatch(script, extra)
@@ -86,11 +71,11 @@ def plan_text(options: argparse.Namespace, overrides: Sequence[str], nodes: Node
     """What `vilg plan` says of the recipe on the fewest and the most GPUs. Raises UserError if it does not fit."""
     if not options.gpus_per_node:
         return "no GPUs asked for, so there is no plan of memory and time"
-    from vilg.tools.plan import main as plan
-
     said = io.StringIO()
-    gpu = ["--gpu", options.gpu] if options.gpu else []
+    gpu = [*gpu_arguments(options), "--node", str(options.gpus_per_node)]
     with contextlib.redirect_stdout(said):
+        if not options.gpu:
+            print(f"note: planned for {DEFAULT_GPU}, as no --gpu names the cluster's (vilg plan --help lists them)")
         for gpus in sorted({nodes.world_sizes[0], nodes.world_sizes[-1]}):
             plan([str(options.recipe), "--gpus", str(gpus), *gpu, *overrides])
             print()
@@ -145,44 +130,8 @@ def _load(path: Path, overrides: Sequence[str], nodes: Nodes) -> Recipe:
     return recipe
 
 
-def _nodes(options: argparse.Namespace) -> Nodes:
-    found = _NODES.fullmatch(options.nodes)
-    least = int(found[1]) if found else 0
-    most = int(found[2] or least) if found else 0
-    tasks = options.gpus_per_node or options.tasks_per_node
-    if not 0 < least <= most:
-        raise UserError(f"--nodes {options.nodes}: write a number of nodes, or the least and the most as in 3-4")
-    if tasks < 1:
-        raise UserError("--gpus-per-node 0 is for clusters without GPUs; say the processes too: --tasks-per-node N")
-    return Nodes(least, most, tasks)
-
-
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Arguments before and behind `--`: the latter are sbatch's."""
     argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     return argv[:cut], argv[cut + 1 :]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vilg submit",
-        description="Check a recipe, its run folder and the cluster, and submit launch/train.sbatch for it.",
-        epilog="--section.key=value overrides a key of the recipe; what follows -- goes to sbatch: -- --account=x",
-    )
-    add = parser.add_argument
-    add("recipe", type=Path, help="YAML file, for example launch/recipes/debug.yaml")
-    add("--nodes", required=True, metavar="N", help="nodes; 3-4: no start with fewer than 3, for a node may be lost")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node, one process each (default 8)")
-    add("--tasks-per-node", type=int, default=0, metavar="N", help="processes of a node, with --gpus-per-node 0")
-    add("--cpus-per-task", type=int, metavar="N", help="CPU cores of a process (default: the cluster's, often 1)")
-    add("--gpu", metavar="NAME", help="kind of GPU, for the plan's memory and time (vilg plan --help lists them)")
-    add("--time", metavar="T", help="time limit of one start, as SLURM writes it: 24:00:00, 2-00:00:00")
-    add("--partition", metavar="P", help="partition (default: the cluster's)")
-    add("--chain", type=int, default=1, metavar="K", help="K jobs in turn instead of one that requeues itself")
-    add("--warn-seconds", type=int, default=180, metavar="S", help="seconds before the limit when the run saves (180)")
-    add("--exclude-bad", action="store_true", help="start again without nodes that preflight finds bad or slow")
-    add("--no-preflight", action="store_true", help="train without checking the machines first")
-    add("--accept", default="", metavar="KEY,KEY", help="as for vilg train: keys that may differ from the checkpoint's")
-    add("--dry-run", action="store_true", help="print the script and the plan; needs no SLURM and writes nothing")
-    return parser

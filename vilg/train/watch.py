@@ -55,7 +55,13 @@ class Watch:
             ranks=ranks,
             model=model,
             log=log,
-            watchdog=Watchdog(log.folder, **place, timeout=guards.hang_timeout, say=log.alarm),
+            watchdog=Watchdog(
+                log.folder,
+                **place,
+                timeout=guards.hang_timeout,
+                pause_timeout=guards.pause_timeout,
+                say=log.alarm,
+            ),
             heartbeat=Heartbeat(
                 log.folder,
                 every=recipe.logging.heartbeat_seconds if ranks.is_main else 0,
@@ -89,7 +95,7 @@ class Watch:
     def aside(self, state: State) -> Iterator[None]:
         """Around work that is no step."""
         self.beat(state)
-        with self.watchdog.paused():
+        with self.watchdog.aside(state):
             yield
         self.beat("training")
 

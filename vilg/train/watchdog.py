@@ -46,8 +46,8 @@ def silent_ranks(folder: Path, world_size: int, *, since: float) -> list[int]:
 class Watchdog:
     """A thread that ends the process with EXIT_HANG when `beat` was not called for `timeout` seconds (0: never).
 
-    A context manager. What has another rhythm (a checkpoint, a sample sheet) goes inside `paused`. exit and say are for
-    tests and for the run's log. Raises nothing: a watchdog that fails to write still ends the process.
+    A context manager. What has another rhythm (a checkpoint, a sample sheet) goes inside `aside`, which may take
+    pause_timeout seconds (0: without end). exit and say are for tests and for the run's log. Raises nothing: a watchdog that fails to write still ends the process.
     """
 
     def __init__(
@@ -57,16 +57,18 @@ class Watchdog:
         rank: int,
         world_size: int,
         timeout: float,
+        pause_timeout: float = 0.0,
         grace: float = GRACE_SECONDS,
         say: Callable[[str], None] = print,
         exit: Callable[[int], object] = os._exit,
     ) -> None:
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self.timeout, self.grace, self.say, self.exit = timeout, min(grace, timeout), say, exit
+        self.pause_timeout = pause_timeout
         self.step = 0
         self._main = threading.get_ident()
         self._last = time.monotonic()
-        self._pauses = 0
+        self._aside: list[str] = []  # what is being done instead of steps, innermost last
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._backstop = None
@@ -93,14 +95,15 @@ class Watchdog:
         self.step, self._last = step, time.monotonic()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        self._pauses += 1
+    def aside(self, work: str) -> Iterator[None]:
+        """Time spent inside, on `work` (one word), is no part of a step and has a limit of its own."""
+        self._last = time.monotonic()
+        self._aside.append(work)
         try:
             yield
         finally:
-            self._pauses -= 1
             self._last = time.monotonic()
+            self._aside.pop()
 
     def _watch(self) -> None:
         tick = min(5.0, self.timeout / 4)
@@ -108,18 +111,19 @@ class Watchdog:
             # Code that keeps the interpreter's lock would stop this thread too. The C timer needs no lock; it is put
             # off as long as this thread runs.
             faulthandler.dump_traceback_later(self.timeout + 4 * self.grace + tick, exit=True, file=self._backstop)
-            if self._pauses == 0 and time.monotonic() - self._last > self.timeout:
-                self._report()
+            work = self._aside[-1:]  # before `_last`, which is set before it changes
+            limit = self.pause_timeout if work else self.timeout
+            if 0 < limit < time.monotonic() - self._last:
+                key = "guards.pause_timeout" if work else "guards.hang_timeout"
+                what = f"{work[0]} does not end" if work else "no step"
+                self._report(f"{what} for {limit:.0f} s after step {self.step}", key, limit)
                 self.exit(EXIT_HANG)
                 return
 
-    def _report(self) -> None:
+    def _report(self, what: str, key: str, limit: float) -> None:
         host, own = socket.gethostname(), stacks_path(self.folder, self.rank)
         try:
-            text = (
-                f"rank {self.rank} on {host}: no step for {self.timeout:.0f} s after step {self.step} "
-                f"(guards.hang_timeout); main thread in {_place(self._main)}"
-            )
+            text = f"rank {self.rank} on {host}: {what} ({key}); main thread in {_place(self._main)}"
             self._backstop.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
             self._backstop.flush()
             faulthandler.dump_traceback(self._backstop, all_threads=True)
@@ -128,10 +132,10 @@ class Watchdog:
             self.say("".join(traceback.format_stack(sys._current_frames().get(self._main))))
             _dump_flight_recorder(self.folder / f"flight_rank{self.rank}.json")
             time.sleep(self.grace)
-            silent = silent_ranks(self.folder, self.world_size, since=written - self.timeout)
+            silent = silent_ranks(self.folder, self.world_size, since=written - limit)
             reporters = [rank for rank in range(self.world_size) if rank not in silent]
             if self.rank == reporters[0]:  # one rank speaks for all, and rank 0 may be the one that is silent
-                verdict = f"no step for {self.timeout:.0f} s after step {self.step}; stacks of {len(reporters)} rank(s)"
+                verdict = f"{what}; stacks of {len(reporters)} rank(s)"
                 if silent:
                     verdict += f"; SILENT, look there first: rank {', '.join(map(str, silent))}"
                 self.say(f"vilg: hang: {verdict}; ending with exit code {EXIT_HANG}")

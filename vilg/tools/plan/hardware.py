@@ -44,8 +44,8 @@ def gpu_named(name: str, **overrides: float | None) -> Gpu:
     """The table's GPU with fields replaced where an override is given. Raises UserError for an unknown name."""
     if name not in GPUS:
         raise UserError(
-            f"--gpu {name} is not in the table; use {', '.join(GPUS)}, and --peak-tflops, --memory-gib, --hbm-gbs, "
-            "--nvlink-gbs, --network-gbs, --node for another one"
+            f"--gpu {name} is not in the table; name the nearest of {', '.join(GPUS)}, and what differs with "
+            "--peak-tflops, --memory-gib, --hbm-gbs, --nvlink-gbs, --network-gbs"
         )
     given = {key: value for key, value in overrides.items() if value is not None}
     for key, value in given.items():
