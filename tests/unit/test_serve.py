@@ -283,7 +283,8 @@ def test_a_server_that_stops_lets_no_work_go_on(folder):
         askers = [threading.Thread(target=lambda: found.append(running.post(IMAGES, body))) for _ in range(2)]
         for asker in askers:
             asker.start()
-        until(lambda: running.server.worker._line)
+        worker = running.server.worker  # one drawn, one waiting: the first may stand in the line alone for a moment
+        until(lambda: worker._running is not None and worker._line)
     for asker in askers:
         asker.join(10)
     assert [(status, body["error"]["code"]) for status, body in found] == [(503, "stopping")] * 2
