@@ -90,7 +90,7 @@ def tile_size(dtype: torch.dtype, channels: int) -> int:
 
 
 def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype) -> dict:
-    """The constexpr arguments that all three kernels share."""
+    """The constexpr arguments that depend on neither the device nor the kernel."""
     tile = choose_tile(view, tile_size(dtype, channels))
     return {
         "QK_SCALE": scale * LOG2_E,
