@@ -12,11 +12,13 @@ built as `vilg train` builds them (tests/distributed/parity.py). Compared with t
 the same initial weights, relative errors:
 
 - loss and gradient norm of each of 20 steps (AdamW, warm-up 5, clipping at norm 1, which is active);
+- losses of batches that no step has, without dropout, before the first step and after the last;
 - the gathered, clipped gradient of step 1 of every parameter (2-norm), read from the checkpoint that the layout writes;
 - the logits after the last step (2-norm), through all stages.
 
-All must be below 1e-5, and losses, norms and logits the same in every bit on all ranks. Adam's eps is the recipe's
-default, 1e-8. Prints a table, writes benchmarks/results/parity.json after a full run, exits with 1 if anything fails.
+All must be below 1e-5, and losses, norms, evaluated losses and logits the same in every bit on all ranks. Adam's eps is
+the recipe's default, 1e-8. Prints a table, writes benchmarks/results/parity.json after a full run, exits with 1 if
+anything fails.
 """
 
 import argparse
@@ -105,7 +107,7 @@ def line(row: Row) -> str:
     if row.errors is None:
         return f"{row.case.name:<72} {verdict}: {row.failure}"
     e = row.errors
-    return f"{row.case.name:<72} {e.loss:8.1e} {e.norm:8.1e} {e.gradient:8.1e} {e.logits:8.1e}  {verdict}"
+    return f"{row.case.name:<72} {e.loss:8.1e} {e.norm:8.1e} {e.evaluated:9.1e} {e.gradient:8.1e} {e.logits:8.1e}  {verdict}"
 
 
 def main() -> int:
@@ -123,7 +125,7 @@ def main() -> int:
     layouts = [names[name] for name in options.layouts]
     cases = make_cases(layouts, options.models, options.recompute, not options.no_extras)
     title = f"relative error over {options.steps} steps"
-    print(f"{title:<72} {'loss':>8} {'norm':>8} {'gradient':>8} {'logits':>8}")
+    print(f"{title:<72} {'loss':>8} {'norm':>8} {'evaluated':>9} {'gradient':>8} {'logits':>8}")
     whole = len(cases) == len(make_cases(LAYOUTS, list(MODELS), list(RECOMPUTE), True)) and options.steps == STEPS
     path = options.json or (RESULT if whole else None)
     rows: list[Row] = []
@@ -142,7 +144,8 @@ def write(path: Path, rows: Sequence[Row], *, planned: int, steps: int, seconds:
     content = {
         "format_version": 1,
         "command": "python benchmarks/parity.py",
-        "claim": "losses, gradient norms, step 1's gathered gradients and final logits as in one process, relative",
+        "claim": "losses, gradient norms, losses of an evaluation, step 1's gathered gradients and final logits as in one "
+        "process, relative",
         "tolerance": TOLERANCE,
         "steps": steps,
         "dtype": "fp32",
@@ -153,7 +156,7 @@ def write(path: Path, rows: Sequence[Row], *, planned: int, steps: int, seconds:
         "seconds": round(seconds),
         "largest": {
             key: max((getattr(row.errors, key) for row in rows if row.errors), default=None)
-            for key in ("loss", "norm", "gradient", "logits")
+            for key in ("loss", "norm", "evaluated", "gradient", "logits")
         },
         "planned": planned,
         "passed": sum(row.passed for row in rows),

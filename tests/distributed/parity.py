@@ -35,7 +35,7 @@ from vilg.tokens.vqgan import ImageTokenizer, ImageTokenizerConfig
 from vilg.train.distributed import distributed
 from vilg.train.engine import Engine, build_engine, build_model
 from vilg.train.reconstruction import build_reconstruction
-from vilg.train.step import StepResult, count, plan_step
+from vilg.train.step import StepPlan, StepResult, count, plan_step
 
 SPEC = SequenceSpec(text_slots=8, grid=(4, 4), text_vocab_size=24, image_vocab_size=16)  # 24 slots: 2 and 4 divide them
 MICRO_SIZE, MICRO_BATCHES = 7, 4  # of the global batch
@@ -135,12 +135,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """losses, norms: of each step (the norm before clipping). gradients: of step 1, clipped, whole, by name. logits: of
+    """losses, norms: of each step (the norm before clipping). evaluated: losses of batches that are not trained on, before
+    the first step and after the last. gradients: of step 1, clipped, whole, by name. logits: of
     the weights at the end, for the batch that is stored in checkpoints. beside, figures: what end-to-end training has
     beside the model at the end, on the rank that saves it, and what it logged in each step."""
 
     losses: list[float]
     norms: list[float]
+    evaluated: list[float]
     gradients: dict[str, Tensor]
     logits: Tensor
     beside: dict[str, Tensor]
@@ -191,11 +193,20 @@ class Trainer:
 
     def step(self, step: int, *, loss_limit: float = math.inf) -> StepResult:
         """One optimizer step, numbered from 1, over this rank's share of its global batch."""
-        batches = [micro_batch(step, place) for place in range(MICRO_BATCHES)]
+        return self.engine.train_step(*self._share(step, MICRO_BATCHES, loss_limit=loss_limit))
+
+    def evaluate(self) -> list[float]:
+        """Losses of two global batches' pairs that no step has."""
+        result = self.engine.evaluate(*self._share(0, 2 * MICRO_BATCHES))
+        found = [result.loss, result.text_loss, result.image_loss, result.z_loss, result.reconstruction_loss]
+        return [float(value) for value in found[: 5 if self.engine.reconstruction else 4]]
+
+    def _share(self, step: int, micro_batches: int, **more: float) -> tuple[list[SequenceBatch], StepPlan]:
+        """This rank's micro-batches of a step, and the plan for those of all."""
+        batches = [micro_batch(step, place) for place in range(micro_batches)]
         text_targets, image_targets, _ = count(batches)
-        targets = dict(text_targets=text_targets, image_targets=image_targets)
-        plan = plan_step(self.recipe, step, **targets, loss_limit=loss_limit)
-        return self.engine.train_step(batches[self.grid.data_rank :: self.grid.data_size], plan)
+        plan = plan_step(self.recipe, step, text_targets=text_targets, image_targets=image_targets, **more)
+        return batches[self.grid.data_rank :: self.grid.data_size], plan
 
 
 def image_tokenizer() -> ImageTokenizer:
@@ -210,11 +221,12 @@ def image_tokenizer() -> ImageTokenizer:
 def train(case: Case, steps: int, ranks: Ranks, folder: Path) -> Outcome:
     """All ranks call it. The gradients are on rank 0 only."""
     trainer = Trainer.build(case, folder)
-    results, gradients = [], {}
+    evaluated, results, gradients = trainer.evaluate(), [], {}
     for step in range(1, steps + 1):
         results.append(trainer.step(step))
         if step == 1:
             gradients = _first_gradients(trainer, ranks, folder)
+    evaluated += trainer.evaluate()
     probes = compute_probes(trainer.engine.model)
     if case.layout.engine == "deepspeed":
         # DeepSpeed keeps the groups of the last engine with tensor ranks for all later ones; `vilg train` has one.
@@ -224,6 +236,7 @@ def train(case: Case, steps: int, ranks: Ranks, folder: Path) -> Outcome:
     return Outcome(
         losses=[float(result.loss) for result in results],
         norms=[float(result.grad_norm) for result in results],
+        evaluated=evaluated,
         gradients=gradients,
         logits=torch.cat([probes.text_logits.flatten(), probes.image_logits.flatten()]),
         beside=_beside(trainer, folder),
@@ -286,17 +299,19 @@ def reference(model: str, *, steps: int) -> Outcome:
 
 @dataclass(frozen=True)
 class Errors:
-    """Largest relative errors: of a loss, of a gradient norm, of a parameter's gradient and of all logits (2-norms)."""
+    """Largest relative errors: of a loss, of a gradient norm, of a loss that was evaluated, of a parameter's gradient and of
+    all logits (2-norms)."""
 
     loss: float
     norm: float
+    evaluated: float
     gradient: float
     worst: str  # parameter
     logits: float
 
     @property
     def largest(self) -> float:
-        return max(self.loss, self.norm, self.gradient, self.logits)
+        return max(self.loss, self.norm, self.evaluated, self.gradient, self.logits)
 
 
 def compare(ranks: Sequence[Outcome], wanted: Outcome) -> Errors:
@@ -304,6 +319,7 @@ def compare(ranks: Sequence[Outcome], wanted: Outcome) -> Errors:
     for rank, outcome in enumerate(ranks):
         assert outcome.losses == ranks[0].losses, f"rank {rank} has other losses than rank 0"
         assert outcome.norms == ranks[0].norms, f"rank {rank} has other gradient norms than rank 0"
+        assert outcome.evaluated == ranks[0].evaluated, f"rank {rank} has evaluated other losses than rank 0"
         assert torch.equal(outcome.logits, ranks[0].logits), f"rank {rank} has other logits than rank 0"
     found = ranks[0]
     assert found.gradients.keys() == wanted.gradients.keys()
@@ -312,6 +328,7 @@ def compare(ranks: Sequence[Outcome], wanted: Outcome) -> Errors:
     return Errors(
         loss=_largest(found.losses, wanted.losses),
         norm=_largest(found.norms, wanted.norms),
+        evaluated=_largest(found.evaluated, wanted.evaluated),
         gradient=errors[worst],
         worst=worst,
         logits=_distance(found.logits, wanted.logits),
@@ -323,4 +340,4 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def _largest(found: Sequence[float], wanted: Sequence[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+    return max(abs(a - b) / (abs(b) or 1.0) for a, b in zip(found, wanted, strict=True))

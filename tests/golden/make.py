@@ -26,13 +26,13 @@ from vilg.tokens.vqgan import ImageTokenizer, ImageTokenizerConfig
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG_RECIPE = ROOT / "launch" / "recipes" / "debug.yaml"
 GOLDEN = Path(__file__).with_name("debug_losses.json")
-NUM_SAMPLES = 96
+NUM_SAMPLES, NUM_HELD_OUT = 96, 40
 _COLOURS = ("red", "green", "blue", "白色", "黑色")
 _THINGS = ("horse", "apple", "boat", "马", "苹果", "船")
 
 
 def make_data(folder: Path) -> dict[str, str]:
-    """Text tokenizer, untrained image tokenizer and token shards; the recipe overrides that name them."""
+    """Text tokenizer, untrained image tokenizer, token shards and held-out ones; the recipe overrides that name them."""
     generator = np.random.Generator(np.random.Philox(key=2026))
     captions = [f"a {c} {t}" for c in _COLOURS for t in _THINGS] + [f"{c}的{t}" for c in _COLOURS for t in _THINGS]
     train_text_tokenizer(captions, folder / "text.model", vocab_size=320)
@@ -50,27 +50,29 @@ def make_data(folder: Path) -> dict[str, str]:
     image = ImageTokenizer(shape)
     image.save(folder / "image")
     # Every caption has its own 8 x 8 texture of a few codes, with noise: something to learn within 50 steps.
-    entries = []
-    for number in range(2):
-        with ShardWriter(folder / "tokens" / f"{number:05d}.tar") as shard:
-            for sample in range(NUM_SAMPLES // 2):
-                kind = int(generator.integers(len(captions)))
-                texture = (np.add.outer(np.arange(8) * (kind % 7 + 1), np.arange(8) * (kind % 5 + 1)) + kind * 8) % 512
-                codes = np.where(generator.random((8, 8)) < 0.1, generator.integers(0, 512, (8, 8)), texture)
-                shard.write(
-                    f"{number:05d}{sample:04d}",
-                    {
-                        "img.npy": encode_codes(codes.astype(np.uint16).reshape(-1)),
-                        "txt": captions[kind].encode(),
-                        "json": b"{}",
-                    },
-                )
-        entries.append(ShardEntry(shard.path.name, shard.samples, shard.bytes, shard.sha256))
-    Manifest(image.hash, (8, 8), 512, tuple(entries)).save(folder / "tokens")
+    for name, shards, samples in (("tokens", 2, NUM_SAMPLES // 2), ("held_out", 1, NUM_HELD_OUT)):
+        entries = []
+        for number in range(shards):
+            with ShardWriter(folder / name / f"{number:05d}.tar") as shard:
+                for sample in range(samples):
+                    kind = int(generator.integers(len(captions)))
+                    texture = (np.add.outer(np.arange(8) * (kind % 7 + 1), np.arange(8) * (kind % 5 + 1)) + kind * 8) % 512
+                    codes = np.where(generator.random((8, 8)) < 0.1, generator.integers(0, 512, (8, 8)), texture)
+                    shard.write(
+                        f"{number:05d}{sample:04d}",
+                        {
+                            "img.npy": encode_codes(codes.astype(np.uint16).reshape(-1)),
+                            "txt": captions[kind].encode(),
+                            "json": b"{}",
+                        },
+                    )
+            entries.append(ShardEntry(shard.path.name, shard.samples, shard.bytes, shard.sha256))
+        Manifest(image.hash, (8, 8), 512, tuple(entries)).save(folder / name)
     return {
         "tokens.text_model": str(folder / "text.model"),
         "tokens.image_model": str(folder / "image"),
         "data.train": str(folder / "tokens"),
+        "evaluation.data": str(folder / "held_out"),
         "parallel.deepspeed": str(ROOT / "ds_configs" / "zero1.json"),
     }
 

@@ -67,7 +67,7 @@ def demo(workplace) -> tuple[Path, str]:
 def test_the_demo_leaves_a_sheet_a_loss_curve_and_a_report(demo):
     folder, _ = demo
     report = json.loads((folder / "report.json").read_text())
-    stages = "data text_tokenizer image_tokenizer tokenize train export evaluate generate caption".split()
+    stages = "data text_tokenizer image_tokenizer tokenize tokenize_held_out train export evaluate generate caption".split()
     assert list(report["seconds"]) == stages
     assert 0 < report["peak_memory_gb"] < 6
     assert set(report["vq"]) == {"psnr_db", "codebook_used", "codebook_size", "perplexity"}

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from vilg.errors import UserError
 
 Overrides = dict[str, object]
 SHORT = {"schedule.steps": 4, "schedule.warmup_steps": 2, "checkpoint.every_steps": 2, "logging.tensorboard": "false"}
+EVALUATED = {"evaluation.every_steps": 2, "evaluation.pairs": 21}  # which micro-batches of 8 and of 2 ranks do not fill
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,8 @@ def in_one_group(rank: int, world_size: int, runs: list[tuple[Overrides, str | N
                     errors.append(None)
                 except UserError as error:
                     errors.append(str(error))
+                if "deepspeed" in sys.modules:  # it keeps the groups of the last engine with stages for all later ones
+                    sys.modules["deepspeed"].utils.groups.mpu = None
     return errors
 
 
@@ -127,11 +131,12 @@ def two_processes(data, session_tmp) -> dict[str, Path]:
     bf16 = {"precision": "bf16", "schedule.steps": 12, "checkpoint.every_steps": 5}
     both = {"data.directions": "both", "loss.reduction": "sum"}
     plans: list[tuple[str, Overrides, str | None]] = [
-        ("alternate", {}, None),
-        ("alternate, accumulated", {"batch.micro_size": 2}, None),
-        ("both", both, None),
+        ("alternate", EVALUATED, None),
+        ("alternate, accumulated", {"batch.micro_size": 2, **EVALUATED}, None),
+        ("both", {**both, **EVALUATED}, None),
         ("both, accumulated", {**both, "batch.micro_size": 4}, None),
-        ("zero3", {"parallel.deepspeed": ROOT / "ds_configs" / "zero3.json"}, None),
+        ("zero3", {"parallel.deepspeed": ROOT / "ds_configs" / "zero3.json", **EVALUATED}, None),
+        ("pipeline", {"parallel.pipeline": 2, **EVALUATED}, None),
         ("bf16", bf16, None),
         ("bf16 stopped", bf16, "signal"),
         ("bf16 stopped", bf16, None),
@@ -150,7 +155,7 @@ def one_process(data, session_tmp) -> dict[str, Path]:
     """Runs of one process, by name: plain PyTorch in this process, DeepSpeed in another."""
     folder = session_tmp / "one"
     for name, own in (("alternate", {}), ("both", {"data.directions": "both", "loss.reduction": "sum"})):
-        overrides = {**data, **SHORT, **own, "parallel.engine": "torch", "run_dir": folder / name}
+        overrides = {**data, **SHORT, **EVALUATED, **own, "parallel.engine": "torch", "run_dir": folder / name}
         assert vilg(["train", *arguments(overrides)]) == 0
     deepspeed = {**data, **SHORT, "run_dir": folder / "deepspeed"}
     assert run_distributed(1, in_one_group, ([(deepspeed, None)],), init=False) == [[None]]
@@ -162,6 +167,7 @@ def golden_run(data, session_tmp) -> tuple[Path, str]:
     """The debug recipe as a user starts it with two processes, killed outright on the way; folder and console."""
     run_dir = session_tmp / "golden"
     overrides = {**data, "run_dir": run_dir, "checkpoint.every_steps": 10, "logging.every_steps": 1}
+    overrides |= {"evaluation.every_steps": 10, "evaluation.pairs": 0}  # the golden losses were made without
     command = train_command(overrides, processes=2)
     console = []
     for until, number in ((13, signal.SIGKILL), (None, None)):
@@ -183,6 +189,13 @@ def golden_run(data, session_tmp) -> tuple[Path, str]:
     return run_dir, console[-1]
 
 
+def read_evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Held-out losses of a run by step."""
+    rows = [json.loads(line) for line in (run_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: {key: value for key, value in row.items() if key.startswith("val_")} for row in rows}
+    return {step: found for step, found in losses.items() if found}
+
+
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
     """Return when the run has logged `step`."""
     path = run_dir / "logs" / "metrics.jsonl"
@@ -201,6 +214,16 @@ def test_golden_losses_survive_kill_9_in_every_digit(golden_run):
         assert losses == golden["losses"]
     else:
         assert losses == pytest.approx(golden["losses"], rel=1e-3)
+
+
+def test_held_out_losses_fall_and_are_kept_across_the_kill(golden_run):
+    run_dir, console = golden_run
+    found = read_evaluations(run_dir)
+    assert list(found) == [10, 20, 30, 40, 50]
+    assert found[50]["val_loss"] == found[50]["val_text_loss"] + found[50]["val_image_loss"]
+    for key in ("val_text_loss", "val_image_loss"):
+        assert found[50][key] < 0.95 * found[10][key]
+    assert re.search(r"step 50 held out: loss \S+ \(image \S+ text \S+\)  40 pairs in \S+ s", console)
 
 
 def test_log_line_has_units(golden_run):
@@ -250,9 +273,24 @@ def test_inspect_reports_layout_and_notices_a_cut_file(golden_run, tmp_path, cap
     ("both", "both"),
     ("both, accumulated", "both"),
     ("zero3", "alternate"),
+    ("pipeline", "alternate"),
 ])  # fmt: skip
 def test_two_processes_give_the_losses_of_one(two_processes, one_process, run, reference):
     assert read_losses(two_processes[run]) == pytest.approx(read_losses(one_process[reference]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("run", "reference"), [
+    ("alternate", "alternate"),
+    ("alternate, accumulated", "alternate"),
+    ("both", "both"),
+    ("zero3", "alternate"),
+    ("pipeline", "alternate"),
+])  # fmt: skip
+def test_the_same_held_out_pairs_are_evaluated_by_one_process_and_by_two(two_processes, one_process, run, reference):
+    found, wanted = read_evaluations(two_processes[run]), read_evaluations(one_process[reference])
+    assert list(found) == list(wanted) == [2, 4]
+    for step, losses in found.items():
+        assert losses == pytest.approx(wanted[step], rel=1e-5)
 
 
 def test_deepspeed_alone_gives_the_losses_and_norms_of_plain_pytorch(one_process):

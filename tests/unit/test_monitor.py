@@ -24,6 +24,8 @@ def make_run(folder, *, name="mine", state="training", age=5.0, steps=40):
         dict(step=s, loss=9.0 - s / 10, text_loss=3.0, image_loss=6.0 - s / 10, grad_norm=2.0, lr=1e-3, skipped=False)
         for s in range(1, steps + 1)
     ]
+    for row in rows[19::20]:
+        row |= dict(val_loss=row["loss"] + 0.5, val_text_loss=3.2, val_image_loss=row["image_loss"] + 0.3)
     rows[11] |= dict(loss=None, text_loss=None, image_loss=None, grad_norm=None, skipped=True)
     for row in rows[9::10]:
         row |= dict(seconds_per_step=0.5, tokens_per_second=4e4, data_wait=0.01, memory=2**31, eta_seconds=600.0)
@@ -47,6 +49,7 @@ def test_the_page_holds_charts_events_and_figures_and_escapes_what_it_shows(tmp_
     page = write_page([read_run(make_run(tmp_path / "run"))], tmp_path / "out", now=NOW).read_text()
     assert page.count("data:image/png;base64,") == 7 and "throughput" in page  # no MFU where no peak is known
     assert "&lt;b&gt;non-finite&lt;/b&gt;" in page and "<b>non-finite" not in page
+    assert "held out" in page and "nats at step 40" in page and "5.500" in page
     assert "back from step 30" in page and "saved step_00000020" not in page
     with Image.open(tmp_path / "out" / "loss.png") as picture:
         assert np.asarray(picture.convert("RGB")).std() > 5

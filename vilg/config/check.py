@@ -81,9 +81,13 @@ def _tokens(r: Any, known: Surroundings) -> Iterator[Problem]:
         )
 
 
+def _trained_places(r: Any) -> dict[str, Any]:
+    """Keys of the data sets that are trained on, and where these lie."""
+    return {"data.train": r.data.train} | {f"data.blend.{i}.path": part.path for i, part in enumerate(r.data.blend)}
+
+
 def _urls(r: Any, known: Surroundings) -> Iterator[Problem]:
-    places = {"data.train": r.data.train} | {f"data.blend.{i}.path": part.path for i, part in enumerate(r.data.blend)}
-    for key, place in places.items():
+    for key, place in (_trained_places(r) | {"evaluation.data": r.evaluation.data}).items():
         if isinstance(place, str) and r.data.cache_dir is None:
             yield Problem(
                 key, f"{key}={place} is a URL, and data.cache_dir is not set; set it to a folder on the node's own disk"
@@ -104,6 +108,22 @@ def _loss(r: Any, known: Surroundings) -> Iterator[Problem]:
             yield Problem(
                 "data.text_to_image_fraction",
                 f"data.text_to_image_fraction={share:g} leaves one direction, and the weight of its loss is 0",
+            )
+
+
+def _evaluation(r: Any, known: Surroundings) -> Iterator[Problem]:
+    every, data = r.evaluation.every_steps, r.evaluation.data
+    if every and data is None:
+        yield Problem(
+            "evaluation.every_steps",
+            f"evaluation.every_steps={every}, but evaluation.data is not set; name a folder of token shards that are not "
+            "trained on, or use 0",
+        )
+    for key, trained in _trained_places(r).items():
+        if data is not None and str(data) == str(trained):
+            yield Problem(
+                "evaluation.data",
+                f"evaluation.data={data} is {key} too, so its loss would say nothing of held-out pairs; name other shards",
             )
 
 
@@ -189,6 +209,7 @@ RULES: tuple[Rule, ...] = (
     _tokens,
     _urls,
     _loss,
+    _evaluation,
     _samples,
     _reconstructor,
     _joint_quantizer,

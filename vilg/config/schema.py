@@ -288,13 +288,14 @@ class GuardsConfig(Section):
         ge=0,
         le=1800,
         description="Seconds without a finished step after which every rank leaves its stacks and ends (exit code 75); 0: "
-        "never. Checkpoints and sample sheets have a limit of their own; collectives give up by themselves after 1800.",
+        "never. Checkpoints, evaluations and sample sheets have a limit of their own; collectives give up by themselves "
+        "after 1800.",
     )
     pause_timeout: float = Field(
         7200.0,
         ge=0,
-        description="Seconds that training may pause for a checkpoint or a sample sheet before that is a hang; 0: without "
-        "end. Only watched if hang_timeout is not 0.",
+        description="Seconds that training may pause for a checkpoint, an evaluation or a sample sheet before that is a hang; "
+        "0: without end. Only watched if hang_timeout is not 0.",
     )
     straggler_percent: float = Field(
         30.0,
@@ -342,6 +343,17 @@ class LoggingConfig(Section):
     )
 
 
+class EvaluationConfig(Section):
+    """Losses of held-out pairs during training: always the same pairs, in every direction that is trained."""
+
+    every_steps: int = Field(0, ge=0, description="Steps between two evaluations, and after the last step; 0: none.")
+    data: Place | None = Field(None, description="Folder or URL of token shards that are not trained on.")
+    pairs: int = Field(
+        512, ge=0, description="Pairs of them that are evaluated, drawn once and for all runs alike; 0: all. Each rank keeps "
+        "its share in memory.",
+    )
+
+
 class SamplesConfig(Section):
     """Fixed-prompt sample sheets during training."""
 
@@ -376,4 +388,5 @@ class Recipe(Section):
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig
     logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     samples: SamplesConfig = SamplesConfig()

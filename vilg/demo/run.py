@@ -60,7 +60,7 @@ def stages(
 ) -> list[Stage]:  # fmt: skip
     """The demo's commands in order. `recipes` holds scenes.yaml, image_tokenizer.yaml and train.yaml; `prompts` are
     drawn at the end; `training` and `evaluation` are further options of these two."""
-    raw, tokens, export = out / "raw", out / "tokens", out / "export"
+    raw, tokens, held_out, export = (out / name for name in ("raw", "tokens", "tokens_held_out", "export"))
     scenes, image, train = (recipes / name for name in ("scenes.yaml", "image_tokenizer.yaml", "train.yaml"))
     alone = ("vilg",)
     together = ("torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", "vilg")
@@ -78,9 +78,12 @@ def stages(
         ("tokenize", "Turn the pictures into token shards",
          (*alone, "data", "tokenize", raw / "train", "--image-model", image_model, "--out", tokens), (),
          tokens / "manifest.json"),
+        ("tokenize_held_out", "The same with combinations that training never shows",
+         (*alone, "data", "tokenize", raw / "held_out", "--image-model", image_model, "--out", held_out), (),
+         held_out / "manifest.json"),
         ("train", "Train the transformer in both directions",
          (*together, "train", train, f"--run_dir={out / 'run'}", f"--seed={seed}", f"--data.train={tokens}",
-          f"--tokens.text_model={text_model}", f"--tokens.image_model={image_model}", *training), (train,),
+          f"--evaluation.data={held_out}", f"--tokens.text_model={text_model}", f"--tokens.image_model={image_model}", *training), (train,),
          out / "run" / "DONE"),
         ("export", "Convert the sharded checkpoint into one folder for inference",
          (*alone, "export", out / "run", "--out", export, "--overwrite"), (), export / "config.json"),

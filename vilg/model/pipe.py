@@ -104,7 +104,7 @@ class PipeLoss:
         self.begin(0, finish=None)
 
     def begin(self, micro_batches: int, *, finish: Callable[[Tensor, Tensor], Tensor] | None) -> None:
-        """A new step of so many micro-batches. finish(loss, sums): what the last one's loss becomes."""
+        """A new step of so many micro-batches. finish(loss, sums): what the last one's loss becomes; None: what it is."""
         self.left, self.finish = micro_batches, finish
         self.sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
 
@@ -119,7 +119,7 @@ class PipeLoss:
         self.sums = self.sums.to(sums.device) + sums.detach()
         self.left -= 1
         loss = nan_unless_finite((sums * scales).sum())
-        return (self.finish(loss, self.sums) if self.left == 0 else loss) * self.factor
+        return (self.finish(loss, self.sums) if self.finish and self.left == 0 else loss) * self.factor
 
 
 class VilgPipe(PipelineModule):

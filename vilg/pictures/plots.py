@@ -33,7 +33,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def loss_plot(metrics: Sequence[dict[str, float]], path: Path, *, title: str) -> Path:
-    """Losses in nats per target token, and the learning rate, over optimizer steps; PNG, written atomically.
+    """Losses in nats per target token, and the learning rate, over optimizer steps; held-out losses as dots on a dashed
+    line. PNG, written atomically.
 
     Raises UserError if `path` cannot be written.
     """
@@ -45,6 +46,10 @@ def loss_plot(metrics: Sequence[dict[str, float]], path: Path, *, title: str) ->
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         smooth = smoothed(values)
         axes.plot(steps, smooth, color=color, linewidth=1.6, label=f"{label}: {smooth[-1]:.3f} at the end")
+        held_out = [(line["step"], line[f"val_{key}"]) for line in metrics if line.get(f"val_{key}") is not None]
+        if held_out:
+            label = f"held out: {held_out[-1][1]:.3f}"
+            axes.plot(*zip(*held_out), "o--", color=color, linewidth=1.1, markersize=3, label=label)
     axes.set(xlabel="optimizer step", ylabel="loss, nats per target token", title=title, xlim=(0, steps[-1]))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)

@@ -16,6 +16,11 @@ from vilg.pictures.plots import save_figure, smoothed
 # Okabe and Ito's colours, told apart by every kind of eye; the yellow is left out, it vanishes on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 _TIME_UNITS = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+_HELD_OUT = dict(marker="o", linestyle=(0, (3, 2)), markersize=3.2, linewidth=1.2)
+_LABEL = dict(
+    textcoords="offset points", fontsize=8, zorder=5,
+    bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.85),
+)  # fmt: skip
 _SKIPPED, _MUTED, _GRID = "#C1121F", "#6b7280", "#e5e7eb"
 Row = dict[str, Any]
 
@@ -67,7 +72,7 @@ def draw_charts(runs: Sequence[RunCurves], folder: Path) -> list[Chart]:
 
 
 def loss_chart(runs: Sequence[RunCurves]) -> Figure:
-    """Total and both directions, raw and smoothed."""
+    """Total and both directions, raw and smoothed; held-out losses as dots on a dashed line."""
     figure, panels = _figure(width=13, height=4.2, columns=3)
     for axes, key, title in zip(
         panels, ("loss", "image_loss", "text_loss"), ("minimised loss", "text → image", "image → text")
@@ -80,12 +85,17 @@ def loss_chart(runs: Sequence[RunCurves]) -> Figure:
                 continue
             smooth = smoothed(kept)
             smooth_all.append(smooth)
+            at, held_out = run.windows(f"val_{key}")
+            if len(at):
+                smooth_all.append(held_out)
+                axes.plot(at, held_out, color=run.colour, zorder=4, **_HELD_OUT)
+                axes.annotate(
+                    f"{held_out[-1]:.3f} held out", (at[-1], held_out[-1]), (0, 9), **_LABEL, color=run.colour, ha="right"
+                )
             axes.plot(steps, kept, color=run.colour, alpha=0.22, linewidth=0.8)
             axes.plot(steps, smooth, color=run.colour, linewidth=1.7)
             axes.annotate(
-                f"{smooth[-1]:.3f}", (steps[-1], smooth[-1]), (4, 0), textcoords="offset points", fontsize=8,
-                color=run.colour, va="center", zorder=5,
-                bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.85),
+                f"{smooth[-1]:.3f}", (steps[-1], smooth[-1]), (4, 0), **_LABEL, color=run.colour, va="center"
             )
         _name(axes, title, "nats per token")
         if smooth_all:
@@ -102,7 +112,7 @@ def progress_chart(runs: Sequence[RunCurves]) -> Figure | None:
     # A save in the background is reported later than its step.
     points = [
         sorted(
-            [(event["time"], event["step"]) for event in run.events if event["event"] not in ("save", "draw")]
+            [(event["time"], event["step"]) for event in run.events if event["event"] not in ("save", "draw", "evaluate")]
             + [(event["time"], event["to_step"]) for event in run.events if event["event"] == "rollback"]
             + [(row["time"], row["step"]) for row in run.rows if row.get("time")],
             key=lambda point: point[0],
@@ -158,7 +168,13 @@ def _window_chart(
 
 
 CHARTS = (
-    Chart("loss.png", "Loss", "Faint: every step; strong: mean over a fiftieth of the run.", loss_chart, True),
+    Chart(
+        "loss.png",
+        "Loss",
+        "Faint: every step; strong: mean over a fiftieth of the run; dots: held-out pairs.",
+        loss_chart,
+        wide=True,
+    ),
     Chart(
         "throughput.png",
         "Throughput",
@@ -257,6 +273,8 @@ def _legend(figure: Figure, runs: Sequence[RunCurves]) -> None:
             if kind in kinds:
                 mark(label, color=_SKIPPED, marker=marker, linestyle="", markersize=5)
     else:
+        if figure.axes[0].get_title(loc="left") == "minimised loss" and any(len(run.windows("val_loss")[0]) for run in runs):
+            mark("held out", color=_MUTED, **_HELD_OUT)
         if "save" in kinds:
             mark("checkpoint", color=_MUTED, marker="^", linestyle="", markersize=4)
         if any(row.get("skipped") for run in runs for row in run.rows):

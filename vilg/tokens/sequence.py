@@ -207,6 +207,25 @@ def with_image_codes(spec: SequenceSpec, batch: SequenceBatch, codes: Tensor) ->
     return replace(batch, image_input=image_input, image_target=image_target)
 
 
+def without_targets(batch: SequenceBatch, which: Tensor) -> SequenceBatch:
+    """The same batch, on the host, where the sequences of `which`, bool [B], have no target: their image is a source."""
+    is_target = batch.image_is_target.masked_fill(which, 0)
+    images, source_images = batch.images, batch.source_images
+    if source_images is not None:
+        pixels, drawn = all_images(batch), is_target.bool()
+        images, source_images = pixels[drawn], pixels[~drawn]
+    elif images is not None:
+        images = images[~which[batch.image_is_target.bool()]]
+    return replace(
+        batch,
+        text_target=batch.text_target.masked_fill(which[:, None], IGNORE),
+        image_target=batch.image_target.masked_fill(which[:, None], IGNORE),
+        image_is_target=is_target,
+        images=images,
+        source_images=source_images,
+    )
+
+
 def _images(samples: Sequence[Sample]) -> Tensor | None:
     pixels = [sample.image for sample in samples if sample.image is not None]
     return torch.from_numpy(np.stack(pixels)) if pixels else None

@@ -23,7 +23,7 @@ from vilg.train.log import METRICS_FILE, duration
 from vilg.train.rundir import CONFIG_FILE, LOGS
 
 PAGE = "index.html"
-_ROUTINE = ("save", "draw")
+_ROUTINE = ("save", "evaluate", "draw")
 _BAD = ("nonfinite", "spike", "rollback", "straggler", "fault", "hang", "error")
 _SHOWN_EVENTS = 200
 _SILENT_AFTER = 10.0  # heartbeats or steps, whichever is longer
@@ -115,12 +115,14 @@ def summary(run: RunLogs, *, now: float) -> dict[str, Any]:
     """What a run's card on the page shows: state, progress, last figures, counts of events."""
     last = run.rows[-1]
     window = next((row for row in reversed(run.rows) if row.get("tokens_per_second") is not None), {})
+    held_out = next((row for row in reversed(run.rows) if row.get("val_loss") is not None), None)
     counts = Counter(event["event"] for event in run.events)
     save = next((event for event in reversed(run.events) if event["event"] == "save"), None)
     state, tone = _state(run, window, now=now)
     trains = tone == "good" and last["step"] < run.steps
     figures = [
         ("loss", "not finite" if last["loss"] is None else f"{last['loss']:.3f}", "nats"),
+        ("held out", f"{held_out['val_loss']:.3f}", f"nats at step {held_out['step']:,}") if held_out else None,
         ("throughput", f"{window['tokens_per_second']:,.0f}", "tok/s/rank") if window else None,
         ("MFU", f"{window['mfu']:.0%}", "of peak") if window.get("mfu") is not None else None,
         ("memory", f"{window['memory'] / 2**30:.1f}", "GiB") if window else None,

@@ -14,13 +14,14 @@ from pathlib import Path
 from vilg.checkpoint.load import latest_checkpoint
 from vilg.checkpoint.save import CHECKPOINTS, kept_for_good, leftovers, past_checkpoints
 from vilg.config import Recipe
-from vilg.data.loader import Blend, open_data
+from vilg.data.loader import Blend, TokenDataset, open_data
 from vilg.errors import UserError
 from vilg.model.size import num_parameters, state_bytes
 from vilg.parallel.ranks import Ranks
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.tools.findings import Report, Row, node_name
+from vilg.train.evaluation import open_held_out
 from vilg.train.open import sequence_spec
 from vilg.train.rundir import check_run_dir
 
@@ -165,20 +166,21 @@ def _one_sample(recipe: Recipe) -> str:
     data = open_data(recipe.data)
     for dataset in data.parts if isinstance(data, Blend) else (data,):
         dataset.sample(0)
-    return f"data with manifest {data.manifest_hash[:12]}"
+    text = f"data with manifest {data.manifest_hash[:12]}"
+    if recipe.evaluation.every_steps:
+        held_out, _ = open_held_out(recipe)
+        held_out.sample(0)
+        text += f", held out {held_out.manifest_hash[:12]}"
+    return text
 
 
 def _shards(recipe: Recipe) -> Iterator[Row]:
     data = open_data(recipe.data)
-    data.check(sequence_spec(recipe), image_tokenizer_hash=ImageTokenizer.load(recipe.tokens.image_model).hash)
+    fits = dict(spec=sequence_spec(recipe), image_tokenizer_hash=ImageTokenizer.load(recipe.tokens.image_model).hash)
+    data.check(**fits)
     parts, counts = (data.parts, data.counts) if isinstance(data, Blend) else ((data,), (1,))
     for dataset, count in zip(parts, counts):
-        # The first and the last sample of every shard: opens each, and checks it against its entry in the manifest.
-        first = 0
-        for shard in dataset.manifest.shards:
-            for index in {first, first + shard.samples - 1} if shard.samples else ():
-                dataset.sample(index)
-            first += shard.samples
+        _open_every_shard(dataset)
         epochs = recipe.schedule.steps * recipe.batch.global_size * count / sum(counts) / dataset.num_samples
         where = f"{dataset.folder}: " if len(parts) > 1 else ""
         yield Row(
@@ -186,3 +188,17 @@ def _shards(recipe: Recipe) -> Iterator[Row]:
             "ok",
             f"{where}{len(dataset.manifest.shards)} shards, {dataset.num_samples:,} samples, read {epochs:.1f} times",
         )
+    if recipe.evaluation.every_steps:
+        held_out, pairs = open_held_out(recipe)
+        held_out.check(**fits)
+        _open_every_shard(held_out)
+        yield Row("held out", "ok", f"{len(held_out.manifest.shards)} shards, {pairs:,} of {held_out.num_samples:,} samples")
+
+
+def _open_every_shard(dataset: TokenDataset) -> None:
+    """Read the first and the last sample of each, which checks it against its entry in the manifest."""
+    first = 0
+    for shard in dataset.manifest.shards:
+        for index in {first, first + shard.samples - 1} if shard.samples else ():
+            dataset.sample(index)
+        first += shard.samples

@@ -20,6 +20,7 @@ HARMLESS = {
     "init_from": "only a new run reads it",
     "logging.*": "only what is shown",
     "samples.*": "only what is drawn",
+    "evaluation.*": "only what is measured",
     "checkpoint.*": "only when checkpoints are saved",
     "guards.*": "only when the run stops itself",
     "data.train": "the folder may move; its manifest's hash must stay the same",

@@ -28,8 +28,17 @@ from vilg.model.vilg import Vilg
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch
 from vilg.train import moved_state, optim
-from vilg.train.reconstruction import Reconstruction, begin_step, finish_step
-from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, no_sums, spoil_spike, step_result
+from vilg.train.reconstruction import Reconstruction, begin_evaluation, begin_step, finish_step
+from vilg.train.step import (
+    StepPlan,
+    StepResult,
+    dropout_seeds,
+    evaluation_sums,
+    micro_batch_loss,
+    no_sums,
+    spoil_spike,
+    step_result,
+)
 
 
 class DeepSpeedEngine:
@@ -84,10 +93,15 @@ class DeepSpeedEngine:
             if index + 1 < len(batches) or self.stage > 0:
                 self.engine.step()  # counts micro-batches; the last one updates the weights
         norm, skipped = self._plain_step() if self.stage == 0 else self._zero_outcome()
-        if self.grid.data_group is not None:
-            dist.all_reduce(sums, group=self.grid.data_group)
+        self._add_over_ranks(sums)
         figures = finish_step(self.reconstruction, skipped=skipped)
         return step_result(sums, plan, grad_norm=norm, skipped=skipped, figures=figures)
+
+    def evaluate(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
+        batches, reconstruct = begin_evaluation(self.reconstruction, batches)
+        sums = evaluation_sums(self.engine, batches, plan, self.grid, self.device, reconstruct)
+        self._add_over_ranks(sums)
+        return step_result(sums, plan)
 
     def files(self, *, copy: bool) -> Files:
         self.tensor_files.copy = copy
@@ -121,6 +135,11 @@ class DeepSpeedEngine:
             names = {parameter: name for name, parameter in named.items()}
             moved_state.fill_cut(zero, names, part, data_rank=self.grid.data_rank, steps=steps)
         self.engine.global_steps = weights.state.step
+
+    def _add_over_ranks(self, sums: torch.Tensor) -> None:
+        """Sums of this rank's micro-batches become those of the global batch."""
+        if self.grid.data_group is not None:
+            dist.all_reduce(sums, group=self.grid.data_group)
 
     def _zero_outcome(self) -> tuple[torch.Tensor | float, bool]:
         """Norm before clipping and whether ZeRO left the step out; all ranks agree, for the norm is all-reduced."""

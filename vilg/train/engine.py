@@ -27,8 +27,17 @@ from vilg.parallel.grid import Grid
 from vilg.parallel.precision import DTYPES
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 from vilg.train import moved_state, optim
-from vilg.train.reconstruction import Reconstruction, begin_step, finish_step
-from vilg.train.step import StepPlan, StepResult, dropout_seeds, micro_batch_loss, no_sums, spoil_spike, step_result
+from vilg.train.reconstruction import Reconstruction, begin_evaluation, begin_step, finish_step
+from vilg.train.step import (
+    StepPlan,
+    StepResult,
+    dropout_seeds,
+    evaluation_sums,
+    micro_batch_loss,
+    no_sums,
+    spoil_spike,
+    step_result,
+)
 
 
 class Engine(Protocol):
@@ -43,6 +52,11 @@ class Engine(Protocol):
 
     def train_step(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
         """One optimizer step over this rank's micro-batches (host tensors)."""
+        ...
+
+    def evaluate(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
+        """The losses of the weights as they are, without dropout; nothing learns. plan: of these batches' targets. All
+        ranks call it, with the same number of micro-batches."""
         ...
 
     def files(self, *, copy: bool) -> Files:
@@ -151,6 +165,11 @@ class TorchEngine:
             self._spread_masters()
         figures = finish_step(self.reconstruction, skipped=skipped)
         return step_result(sums, plan, grad_norm=norm, skipped=skipped, figures=figures)
+
+    def evaluate(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
+        batches, reconstruct = begin_evaluation(self.reconstruction, batches)
+        sums = evaluation_sums(self.model, batches, plan, self.grid, self.device, reconstruct)
+        return step_result(sums, plan)
 
     def files(self, *, copy: bool) -> Files:
         weights = {name: p.detach().contiguous() for name, p in zip(self.names, self.weights)}

@@ -15,6 +15,7 @@ KINDS = (
     "start",  # host, world_size, job
     "save",
     "prune",  # older checkpoints could not be deleted
+    "evaluate",
     "draw",
     "nonfinite",  # a step left out
     "spike",  # loss, limit, action

@@ -17,7 +17,7 @@ from vilg.tokens.files import write_atomically
 
 HEARTBEAT_FILE = "heartbeat.json"
 HEARTBEAT_VERSION = 1
-State = Literal["training", "saving", "drawing", "stopped", "finished", "failed"]
+State = Literal["training", "saving", "evaluating", "drawing", "stopped", "finished", "failed"]
 
 
 class Heartbeat:

@@ -86,10 +86,7 @@ class JointQuantizer:
         images = to_float(all_images(batch).to(self.device))
         with torch.set_grad_enabled(self.learns):
             vectors = self.tokenizer.encoder(images)
-            codes = self.codebook.nearest(vectors.detach())
-            for group in (self.grid.tensor_group, self.grid.pipeline_group):
-                if group is not None:  # they read the same images; a last bit of a GPU must not give them other codes
-                    dist.broadcast(codes, dist.get_process_group_ranks(group)[0], group=group)
+            codes = self._codes(vectors.detach())
             if self.learns:
                 self._learn(images, vectors, codes)
         self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
@@ -97,6 +94,19 @@ class JointQuantizer:
         self.sums[_IMAGES] += len(images)
         self.sums[_CHANGED] += int((found != image_codes(batch)).sum())
         return with_image_codes(self.spec, batch, found)
+
+    @torch.no_grad()
+    def recode(self, batch: SequenceBatch) -> SequenceBatch:
+        """A micro-batch (host tensors, with all images) under the codes of now; nothing is learnt. All ranks call it."""
+        codes = self._codes(self.tokenizer.encoder(to_float(all_images(batch).to(self.device))))
+        return with_image_codes(self.spec, batch, codes.flatten(1).cpu())
+
+    def _codes(self, vectors: Tensor) -> Tensor:
+        codes = self.codebook.nearest(vectors)
+        for group in (self.grid.tensor_group, self.grid.pipeline_group):
+            if group is not None:  # they read the same images; a last bit of a GPU must not give them other codes
+                dist.broadcast(codes, dist.get_process_group_ranks(group)[0], group=group)
+        return codes
 
     def _learn(self, images: Tensor, vectors: Tensor, codes: Tensor) -> None:
         """Add up gradients of sums over images, and the code vectors' statistics. vectors [B, D, h, w] with their graph."""

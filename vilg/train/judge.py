@@ -73,7 +73,7 @@ class Judge:
         discriminator's gradients, which are added up here, are those of its mean loss."""
         count, none = len(images), pixels.new_zeros(())
         pixels = pixels.requires_grad_()
-        loss = count * self._distance(pixels, images)
+        loss = self.pixel_loss(pixels, images)
         (gradient,) = torch.autograd.grad(loss, pixels)
         if not self.active:
             return Verdict(loss.detach(), gradient, none, None, none, none)
@@ -84,6 +84,10 @@ class Judge:
         adversarial = -count * self.trained.module(pixels).mean()
         (adversarial_gradient,) = torch.autograd.grad(adversarial, pixels)
         return Verdict(loss.detach(), gradient, adversarial.detach(), adversarial_gradient, hinge.detach(), penalty.detach())
+
+    def pixel_loss(self, pixels: Tensor, images: Tensor) -> Tensor:
+        """The distance to the images, a sum over them: fp32 scalar."""
+        return len(images) * self._distance(pixels, images)
 
     def state(self) -> dict[str, Tensor]:
         """As `Beside.state`; empty without a discriminator."""

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,6 +18,7 @@ from vilg.train.sinks import Row, Sink
 from vilg.train.step import StepPlan, StepResult
 
 METRICS_FILE = "metrics.jsonl"
+_PARTS = (("image", "image_loss"), ("text", "text_loss"), ("pixels", "reconstruction_loss"))
 
 
 class RunLog:
@@ -31,7 +32,7 @@ class RunLog:
     ) -> None:
         self.folder, self.rank, self.total_steps = folder, rank, total_steps
         self.own: TextIO = open(folder / f"rank_{rank}.log", "a", encoding="utf-8", buffering=1)
-        self.pending: list[tuple[StepPlan, StepResult]] = []
+        self.pending: list[tuple[StepPlan, StepResult, dict[str, float | None]]] = []
         self.metrics: TextIO | None = None
         self.sinks = list(sinks or []) if rank == 0 else []
         if rank == 0:
@@ -69,11 +70,16 @@ class RunLog:
     def step(self, plan: StepPlan, result: StepResult) -> None:
         """Keep a step's numbers where they are, on the device, until `flush` reads them."""
         if self.rank == 0:
-            self.pending.append((plan, result))
+            self.pending.append((plan, result, {}))
+
+    def add(self, figures: Mapping[str, float]) -> None:
+        """Further figures of the step that was kept last."""
+        if self.pending:
+            self.pending[-1][2].update({key: _finite(value) for key, value in figures.items()})
 
     def flush(self, window: Window | None = None, *, device_word: str = "gpu", **figures: float) -> None:
         """Write the steps kept; with a window also the console line, from the last step, and the figures beside it."""
-        rows = [_row(plan, result) for plan, result in self.pending]
+        rows = [_row(plan, result) | figures for plan, result, figures in self.pending]
         self.pending.clear()
         if rows and window:
             rows[-1] |= {k: v for k, v in asdict(window).items() if v is not None} | figures
@@ -116,16 +122,10 @@ class RunLog:
 def console_line(row: dict, total_steps: int, window: Window, device_word: str) -> str:
     """`step 120/5000  loss 5.31 (image 6.02 text 3.88)  ...`, with units. MFU is n/a where no peak is known; HFU stands
     where something is computed again."""
-    losses = " ".join(
-        f"{name} {row[key]:.3f}"
-        for name, key in (("image", "image_loss"), ("text", "text_loss"), ("pixels", "reconstruction_loss"))
-        if row.get(key) is not None
-    )
-    loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
     norm = "not finite" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     parts = [
         f"step {row['step']}/{total_steps}",
-        f"loss {loss} ({losses})" if losses else f"loss {loss}",
+        loss_text(row),
         f"lr {row['lr']:.2e}",
         f"grad {norm}",
         f"{_thousands(window.tokens_per_second)} tok/s/{device_word}",
@@ -136,6 +136,15 @@ def console_line(row: dict, total_steps: int, window: Window, device_word: str) 
         f"eta {duration(window.eta_seconds)}",
     ]
     return "  ".join(parts)
+
+
+def loss_text(row: Mapping[str, float | None], *, prefix: str = "") -> str:
+    """`loss 5.310 (image 6.020 text 3.880)` of the keys with this prefix; the parts that are there."""
+    parts = [(name, row.get(prefix + key)) for name, key in _PARTS]
+    parts = " ".join(f"{name} {value:.3f}" for name, value in parts if value is not None)
+    total = row[prefix + "loss"]
+    loss = "loss not finite" if total is None or not math.isfinite(total) else f"loss {total:.3f}"
+    return f"{loss} ({parts})" if parts else loss
 
 
 def cut_metrics(path: Path, last_step: int) -> None:

@@ -74,6 +74,8 @@ def train(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequenc
                 run.roll_back()
                 continue
             run.check_save()
+            if run.due(recipe.evaluation.every_steps):
+                run.evaluate()  # before the console line: it adds to the step's figures
             if run.due(recipe.logging.every_steps):
                 run.log_line()
             if run.due(recipe.samples.every_steps):

@@ -27,6 +27,7 @@ from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.train.changes import DATA, check_accept, check_tokenizers, is_accepted
 from vilg.train.engine import build_engine, build_model, load_checkpoint
+from vilg.train.evaluation import Evaluation
 from vilg.train.guards import StepGuards
 from vilg.train.log import RunLog
 from vilg.train.metrics import Meter, step_flops, step_recomputed_flops
@@ -106,8 +107,18 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         notes += filter(None, [note])
     position = LoaderState.from_dict(before.loader) if before else None
     # The hash of `tokens.image_model`, which made the data: the tokenizer itself may have learned on in this run.
-    source = dict(image=image, image_hash=tokenizers["image"], accept=accept)
-    loader = ranks.together(lambda: _loader(recipe, grid, spec, text, position, **source))
+    end_to_end = recipe.model.reconstructor
+    source = dict(
+        text_tokenizer=text,
+        spec=spec,
+        image_tokenizer_hash=tokenizers["image"],
+        image_size=recipe.tokens.grid[0] * image.factor if end_to_end else None,
+        source_images=end_to_end is not None and end_to_end.joint_quantizer is not None,
+    )
+    loader = ranks.together(lambda: _loader(recipe, grid, position, source, accept=accept))
+    evaluation = Evaluation.read(recipe, grid, ranks, **source) if recipe.evaluation.every_steps else None
+    if evaluation and evaluation.bad:
+        notes.append(f"{evaluation.bad} pairs of {recipe.evaluation.data} are bad; the next ones are evaluated instead")
     sampler = None
     if recipe.samples.every_steps:
         if engine.layout["zero_stage"] == 3:
@@ -134,6 +145,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
             recomputed_flops=step_recomputed_flops(recipe, spec),
             device=device,
         ),
+        evaluation=evaluation,
         sampler=sampler,
         tokenizers=tokenizers,
         parameters=parameter_table(engine.model, grid, ranks),
@@ -155,15 +167,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
 
 
 def _loader(
-    recipe: Recipe,
-    grid: Grid,
-    spec: SequenceSpec,
-    text: TextTokenizer,
-    position: LoaderState | None,
-    *,
-    image: ImageTokenizer,
-    image_hash: str,
-    accept: Sequence[str],
+    recipe: Recipe, grid: Grid, position: LoaderState | None, source: dict[str, Any], *, accept: Sequence[str]
 ) -> Loader:
     dataset = open_data(recipe.data)
     if position:
@@ -176,13 +180,10 @@ def _loader(
                 f"{dataset.manifest_hash[:12]}; set {DATA} to the same shards, or continue all the same with "
                 f"--accept={','.join([*accept, DATA])}"
             )
-    end_to_end = recipe.model.reconstructor
     reports = grid.tensor_rank == grid.pipeline_rank == 0  # one of the ranks that read the same data
     return Loader(
         dataset,
-        text,
-        spec,
-        recipe.data,
+        data_config=recipe.data,
         seed=recipe.seed,
         global_size=recipe.batch.global_size,
         micro_size=recipe.batch.micro_size,
@@ -190,9 +191,7 @@ def _loader(
         data_size=grid.data_size,
         state=position,
         quarantine=bad_sample_path(recipe.run_dir, grid.data_rank) if reports else None,
-        image_tokenizer_hash=image_hash,
-        image_size=recipe.tokens.grid[0] * image.factor if end_to_end else None,
-        source_images=end_to_end is not None and end_to_end.joint_quantizer is not None,
+        **source,
     )
 
 

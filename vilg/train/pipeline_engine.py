@@ -16,7 +16,7 @@ from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 from vilg.train import optim
 from vilg.train.deepspeed_engine import DeepSpeedEngine, import_deepspeed, silent
-from vilg.train.reconstruction import begin_step, finish_step
+from vilg.train.reconstruction import begin_evaluation, begin_step, finish_step
 from vilg.train.step import StepPlan, StepResult, dropout_seeds, spoil_spike, step_result
 
 
@@ -49,11 +49,26 @@ class PipelineEngine(DeepSpeedEngine):
             self.engine.train_batch(data_iter=self._micro_batches(batches, plan))
         norm, skipped = self._plain_step() if self.stage == 0 else self._zero_outcome()
         sums = loss.sums.to(self.device)
-        dist.all_reduce(sums, group=self.grid.pipeline_group)
-        if self.grid.data_group is not None:
-            dist.all_reduce(sums, group=self.grid.data_group)
+        self._add_over_ranks(sums)
         figures = finish_step(self.reconstruction, skipped=skipped)
         return step_result(sums, plan, grad_norm=norm, skipped=skipped, figures=figures)
+
+    def evaluate(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> StepResult:
+        loss = self.model.loss_fn
+        batches, loss.reconstruct = begin_evaluation(self.reconstruction, batches)
+        loss.begin(len(batches), finish=None)
+        micro_batches = self._micro_batches(batches, plan)
+        self.engine.reset_activation_shape()  # buffers between stages; these micro-batches may be larger than a step's
+        self.engine.eval_batch(micro_batches, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+        self.engine.reset_activation_shape()
+        self.engine.train()
+        sums = loss.sums.to(self.device)
+        self._add_over_ranks(sums)
+        return step_result(sums, plan)
+
+    def _add_over_ranks(self, sums: torch.Tensor) -> None:
+        dist.all_reduce(sums, group=self.grid.pipeline_group)  # zero on all stages but the last
+        super()._add_over_ranks(sums)
 
     def _micro_batches(self, batches: Sequence[SequenceBatch], plan: StepPlan) -> Iterator[tuple]:
         from vilg.model.pipe import pipe_inputs

@@ -29,6 +29,7 @@ from vilg.checkpoint.tensors import host_copy
 from vilg.config.schema import Recipe
 from vilg.inference.format import RECONSTRUCTOR_FOLDER
 from vilg.model.heads import Heads
+from vilg.model.loss import Reconstruct
 from vilg.model.reconstructor import Reconstructor, load_reconstructor
 from vilg.parallel.grid import Grid
 from vilg.tokens.sequence import SequenceBatch
@@ -106,7 +107,7 @@ class Reconstruction:
         count = len(images)
         if count == 0:
             return torch.stack([self._attached(states, states.new_zeros(()).float()), states.new_zeros(()).float()])
-        rows = image_is_target.argsort(descending=True, stable=True)[:count]
+        rows = _drawn_rows(image_is_target, count)
         with torch.enable_grad():
             inputs = states.detach()[rows].float().requires_grad_()
             pixels = self.reconstructor(inputs)
@@ -138,6 +139,15 @@ class Reconstruction:
         if gradient is None:
             gradient, rows = states.detach()[:0].float(), torch.zeros(0, dtype=torch.long, device=states.device)
         return attach(states, value, gradient, rows, self._note_upstream)
+
+    @torch.no_grad()
+    def evaluate(self, states: Tensor, image_is_target: Tensor, images: Tensor) -> Tensor:
+        """The pixel losses as itself called gives them, fp32 [2] with 0 for the adversarial one; nothing learns."""
+        none = states.new_zeros((), dtype=torch.float32)
+        if len(images) == 0:
+            return torch.stack([none, none])
+        pixels = self.reconstructor(states[_drawn_rows(image_is_target, len(images))].float())
+        return torch.stack([self.judge.pixel_loss(pixels, to_float(images).to(pixels.device)), none])
 
     def finish(self, *, skipped: bool) -> dict[str, float]:
         """Update reconstructor and discriminator, unless the engine left its step out; `FIGURES` of the step, the same on
@@ -254,6 +264,22 @@ def begin_step(
 def finish_step(reconstruction: Reconstruction | None, *, skipped: bool) -> dict[str, float]:
     """`finish`, where there is one; else nothing."""
     return reconstruction.finish(skipped=skipped) if reconstruction else {}
+
+
+def begin_evaluation(
+    reconstruction: Reconstruction | None, batches: Sequence[SequenceBatch]
+) -> tuple[Sequence[SequenceBatch], Reconstruct | None]:
+    """What the model is to read of this rank's micro-batches: under the codes of now, where an image tokenizer is trained;
+    and what judges the pixels. All ranks call it."""
+    if reconstruction is None:
+        return batches, None
+    quantizer = reconstruction.quantizer
+    return [quantizer.recode(batch) for batch in batches] if quantizer else batches, reconstruction.evaluate
+
+
+def _drawn_rows(image_is_target: Tensor, count: int) -> Tensor:
+    """Places of the `count` sequences of a micro-batch whose image is the target, in their order, int64 [count]."""
+    return image_is_target.argsort(descending=True, stable=True)[:count]
 
 
 def _ratio(wanted: float, found: float) -> float:

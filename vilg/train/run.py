@@ -17,13 +17,15 @@ from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.files import write_atomically
 from vilg.train.engine import Engine, load_checkpoint
+from vilg.train.evaluation import Evaluation
 from vilg.train.guards import StepGuards
 from vilg.train.heartbeat import State
-from vilg.train.log import RunLog
+from vilg.train.log import RunLog, loss_text
 from vilg.train.metrics import Meter
 from vilg.train.requests import Requests
 from vilg.train.rundir import DONE_FILE, SAMPLES, RunLock
 from vilg.train.samples import Sampler
+from vilg.train.sinks import HELD_OUT
 from vilg.train.step import StepPlan, StepResult
 from vilg.train.watch import Watch
 
@@ -39,6 +41,7 @@ class Run:
     loader: Loader
     log: RunLog
     meter: Meter
+    evaluation: Evaluation | None
     sampler: Sampler | None
     tokenizers: dict[str, str]
     parameters: dict[str, dict[str, Any]]
@@ -109,6 +112,20 @@ class Run:
         window = self.meter.window(self.steps_left)
         figures = self.watch.compare_ranks(window, steps=steps)
         self.log.flush(window, device_word="rank" if self.meter.device.type == "cpu" else "gpu", **figures)
+
+    def evaluate(self) -> None:
+        """Losses of the held-out pairs, if the recipe has any; all ranks call it."""
+        evaluation = self.evaluation
+        if evaluation is None:
+            return
+        started = time.perf_counter()
+        with self._aside("evaluating"):
+            result = self.engine.evaluate(evaluation.batches, evaluation.plan(self.step))
+            figures = evaluation.figures(result)
+        self.log.add(figures)
+        seconds = time.perf_counter() - started
+        text = f"step {self.step} held out: {loss_text(figures, prefix=HELD_OUT)}  {evaluation.pairs} pairs in {seconds:.1f} s"
+        self.log.event("evaluate", self.step, text, seconds=round(seconds, 3))
 
     def draw_samples(self) -> None:
         """Draw the fixed prompts, if the recipe has any."""

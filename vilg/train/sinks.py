@@ -16,12 +16,16 @@ from vilg.errors import UserError
 from vilg.tokens.files import write_atomically
 
 Row = dict[str, Any]
+HELD_OUT = "val_"  # before the name of a row's loss: of held-out pairs
 # Figures of the last row: key -> (name with its unit, as Prometheus asks for, and what it is).
 _GAUGES = {
     "step": ("vilg_step", "optimizer steps done"),
     "loss": ("vilg_loss_nats", "weighted loss of the last step, nats per target token"),
     "text_loss": ("vilg_text_loss_nats", "image to text, nats per text token"),
     "image_loss": ("vilg_image_loss_nats", "text to image, nats per image token"),
+    "val_loss": ("vilg_held_out_loss_nats", "weighted loss of the held-out pairs, nats per target token"),
+    "val_text_loss": ("vilg_held_out_text_loss_nats", "held out, image to text, nats per text token"),
+    "val_image_loss": ("vilg_held_out_image_loss_nats", "held out, text to image, nats per image token"),
     "grad_norm": ("vilg_grad_norm", "global gradient norm before clipping"),
     "lr": ("vilg_learning_rate", "learning rate of the last step"),
     "tokens_per_second": ("vilg_tokens_per_second", "filled slots per second and rank"),
@@ -67,7 +71,7 @@ def open_sinks(recipe: Recipe, folder: Path, *, resume_step: int) -> list[Sink]:
 
 
 class TensorBoard:
-    """Scalars under train/."""
+    """Scalars under train/, those of held-out pairs under val/."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         self.folder = folder
@@ -76,7 +80,7 @@ class TensorBoard:
     def rows(self, rows: Sequence[Row]) -> None:
         for row in rows:
             for key, value in _figures(row).items():
-                self.writer.add_scalar(f"train/{key}", value, row["step"])
+                self.writer.add_scalar(_tag(key), value, row["step"])
 
     def event(self, event: Row) -> None:
         self.writer.add_text(f"events/{event['event']}", event["text"], event["step"])
@@ -116,7 +120,7 @@ class Wandb:
 
     def rows(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            self.run.log({f"train/{key}": value for key, value in _figures(row).items()} | {"step": row["step"]})
+            self.run.log({_tag(key): value for key, value in _figures(row).items()} | {"step": row["step"]})
 
     def event(self, event: Row) -> None:
         self.run.log({f"events/{event['event']}": 1, "step": event["step"]})
@@ -168,6 +172,11 @@ def _metric(name: str, kind: str, about: str, values: Sequence[tuple[str, float]
     """A metric in Prometheus's text format, version 0.0.4."""
     rows = [f"{name}{{{labels}}} {value}" for labels, value in values]
     return [f"# HELP {name} {about}", f"# TYPE {name} {kind}", *rows]
+
+
+def _tag(key: str) -> str:
+    """`train/loss`, `val/loss`."""
+    return f"val/{key.removeprefix(HELD_OUT)}" if key.startswith(HELD_OUT) else f"train/{key}"
 
 
 def _figures(row: Row) -> dict[str, float]:

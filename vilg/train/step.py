@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from vilg.config.schema import Recipe
 from vilg.model.loss import LOSS_SUMS, Reconstruct, loss_sums, nan_unless_finite
@@ -95,10 +95,13 @@ def ramp(step: int, steps: int) -> float:
 
 
 def micro_batch_loss(
-    forward: Callable[..., tuple[Tensor, ...]], batch: SequenceBatch, plan: StepPlan, seeds: Tensor, grid: Grid,
+    forward: Callable[..., tuple[Tensor, ...]], batch: SequenceBatch, plan: StepPlan, seeds: Tensor | None, grid: Grid,
     reconstruct: Reconstruct | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The micro-batch's share of the loss (scalar with gradient), and its `loss_sums` in float64."""
+    """The micro-batch's share of the loss (scalar with gradient), and its `loss_sums` in float64.
+
+    seeds: of dropout; None for a model that is not training.
+    """
     if reconstruct is None:
         logits, reconstructed = forward(*batch.inputs(), dropout_seeds=seeds), None
     else:
@@ -109,6 +112,23 @@ def micro_batch_loss(
         reconstructed=reconstructed,
     )  # fmt: skip
     return nan_unless_finite(plan.total(sums)), sums.detach().double()
+
+
+@torch.no_grad()
+def evaluation_sums(
+    model: nn.Module, batches: Sequence[SequenceBatch], plan: StepPlan, grid: Grid, device: torch.device,
+    reconstruct: Reconstruct | None = None,
+) -> Tensor:  # fmt: skip
+    """`loss_sums` of this rank's micro-batches (host tensors) under the weights as they are, float64 [6]; nothing learns.
+
+    model: a `Vilg`, or an engine that behaves as one.
+    """
+    sums = no_sums(device)
+    model.eval()
+    for batch in batches:
+        sums += micro_batch_loss(model, batch.to(device), plan, None, grid, reconstruct)[1]
+    model.train()
+    return sums
 
 
 def no_sums(device: torch.device | None = None) -> Tensor:
@@ -137,7 +157,7 @@ def dropout_seeds(recipe: Recipe, grid: Grid, plan: StepPlan, index: int, batch:
 
 
 def step_result(
-    sums: Tensor, plan: StepPlan, *, grad_norm: Tensor | float, skipped: bool,
+    sums: Tensor, plan: StepPlan, *, grad_norm: Tensor | float = math.nan, skipped: bool = False,
     figures: Mapping[str, Tensor | float] | None = None,
 ) -> StepResult:  # fmt: skip
     """From `loss_sums` over the global batch, float64 [6]."""
