@@ -12,6 +12,7 @@ import torch
 
 from tests.golden.make import DEBUG_RECIPE
 from vilg.config import load_recipe
+from vilg.config.environment import process_environment
 from vilg.config.schema import GuardsConfig, OptimizerConfig, ScheduleConfig
 from vilg.errors import UserError
 from vilg.model.vilg import Vilg
@@ -19,7 +20,6 @@ from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.sequence import SequenceSpec
 from vilg.train import rundir
 from vilg.train.changes import SHAPE, check_accept, check_tokenizers, compare
-from vilg.train.distributed import process_environment
 from vilg.train.guards import NonFiniteGuard, StopSignals
 from vilg.train.log import console_line, cut_metrics, duration
 from vilg.train.metrics import Window
@@ -233,6 +233,7 @@ def test_slurm_variables_become_torch_ones():
     found = process_environment(slurm)
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("3", "8", "1")
     assert process_environment({}) == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert process_environment(slurm, slurm=False)["WORLD_SIZE"] == "1"
     del slurm["MASTER_PORT"]
     with pytest.raises(UserError, match="MASTER_PORT not set"):
         process_environment(slurm)

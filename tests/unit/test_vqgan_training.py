@@ -138,8 +138,13 @@ def test_a_gpu_that_is_not_there_and_an_uneven_batch_are_refused(shards, tmp_pat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="no GPU of its own"):
         train.main([*arguments(shards, tmp_path), "--device", "cuda"])
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "17000"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="train.batch_size=8 is not a multiple of the 3 processes"):
+        train.main(arguments(shards, tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "three")
+    with pytest.raises(UserError, match="WORLD_SIZE='three' in the environment should be a whole number"):
         train.main(arguments(shards, tmp_path))
 
 

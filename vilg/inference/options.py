@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from vilg.config.environment import process_environment
 from vilg.errors import UserError
 from vilg.inference.load import Bundle, load_model
 from vilg.parallel.grid import Grid
@@ -42,7 +43,8 @@ def parse_options(
 def opened(folder: Path, *, device: str) -> Iterator[Bundle]:
     """The model of an export folder. Under torchrun or with its variables set, all processes hold parts of one model
     (tensor parallelism, for one that does not fit a GPU); each makes the same calls, and `is_main` says which one speaks."""
-    world, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    place = process_environment(os.environ, slurm=False)
+    world, local = int(place["WORLD_SIZE"]), int(place["LOCAL_RANK"])
     if world == 1:
         yield load_model(folder, device=device)
         return

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from vilg.config.environment import process_environment
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.parallel.ranks import Ranks, SharedError
-from vilg.train.distributed import USER_MISTAKE, distributed, process_environment
+from vilg.train.distributed import USER_MISTAKE, distributed
 from vilg.train.guards import StopSignals
 from vilg.train.open import open_run, read_arguments
 from vilg.train.requests import STOP_FILE

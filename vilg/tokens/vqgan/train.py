@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from vilg.config.environment import process_environment
 from vilg.errors import UserError
 from vilg.tokens.files import write_atomically
 from vilg.tokens.vqgan.config import ImageTokenizerRecipe, dump_tokenizer_recipe, load_tokenizer_recipe
@@ -104,9 +105,8 @@ def joined(device_name: str | None) -> Iterator[Place]:
     device_name: "cpu", "cuda", or None for a GPU if there is one. Raises UserError for a GPU that is not there.
     """
     name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
-    local_rank, world_size = (
-        int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    place = process_environment(os.environ, slurm=False)
+    local_rank, world_size = int(place["LOCAL_RANK"]), int(place["WORLD_SIZE"])
     if name == "cuda" and torch.cuda.device_count() <= local_rank:
         raise UserError(
             f"--device cuda: process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} "
@@ -157,10 +157,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a finished tokenizer in --out")
     options = parser.parse_args(argv)
     recipe = load_tokenizer_recipe(options.config, options.set)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    place = process_environment(os.environ, slurm=False)
+    leads, world_size = place["RANK"] == "0", int(place["WORLD_SIZE"])
     if recipe.train.batch_size % world_size:
         raise UserError(f"train.batch_size={recipe.train.batch_size} is not a multiple of the {world_size} processes")
-    leads = os.environ.get("RANK", "0") == "0"
     if (options.out / "config.json").exists():
         read_description(options.out)  # refuses to write over a folder of another kind, --overwrite or not
     if not options.overwrite and is_finished(options.out, recipe, data_fingerprint(options.data)):
