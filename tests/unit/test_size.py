@@ -11,7 +11,6 @@ from tests.model_support import SPEC, tiny_config, tiny_model
 from vilg.config.schema import ModelConfig
 from vilg.model import size
 from vilg.model.vilg import Vilg
-from vilg.parallel import layout
 from vilg.tokens.sequence import SequenceSpec
 
 TEN_BILLION = ModelConfig(num_layers=48, hidden_size=4096, num_heads=64)
@@ -33,32 +32,10 @@ def test_parameters_equal_the_built_models_layer_by_layer(config, spec):
     assert size.num_parameters(config, spec) == sum(built)
 
 
-@each_config
-def test_split_parameters_follow_the_layout_table(config, spec):
-    layers = Vilg(config, spec, device="meta").layers
-    split = [
-        sum(p.numel() for name, p in layer.named_parameters() if layout.rule_of(f"layers.{i}.{name}").dim is not None)
-        for i, layer in enumerate(layers)
-    ]
-    assert size.split_parameters(config, spec) == split
-
-
 def test_ten_billion_shape_has_its_ten_billion():
     blocks = 48 * size.block_parameters(TEN_BILLION)
     assert blocks == pytest.approx(12 * 48 * 4096**2, rel=1e-3)
     assert 9.9e9 < size.num_parameters(TEN_BILLION, TEN_BILLION_SPEC) < 10.1e9
-
-
-def test_rank_of_a_split_pipeline_holds_what_the_planner_says():
-    bounds = size.stage_bounds(size.layer_costs(TEN_BILLION, TEN_BILLION_SPEC), 4)
-    counts = size.rank_parameters(TEN_BILLION, TEN_BILLION_SPEC, tensor=4, pipeline=4)
-    whole = {name: p.shape for name, p in Vilg(TEN_BILLION, TEN_BILLION_SPEC, device="meta").named_parameters()}
-    for stage, (start, stop) in enumerate(zip(bounds, bounds[1:])):
-        held = 0
-        for name, shape in whole.items():
-            if start <= int(name.split(".")[1]) < stop:
-                held += layout.shard(name, torch.empty(shape, device="meta"), rank=0, size=4).numel()
-        assert counts[stage] == held
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -105,11 +82,3 @@ def test_stages_are_cut_where_the_dearest_is_cheapest():
             assert max(sum(costs[a:b]) for a, b in zip(bounds, bounds[1:])) == min(dearest)
     with pytest.raises(ValueError, match="3 layers cannot fill 4 pipeline stages"):
         size.stage_bounds([1, 1, 1], 4)
-
-
-def test_training_state_is_sixteen_bytes_a_parameter_in_bf16_and_shared_by_stage():
-    assert size.state_bytes(1000, precision="bf16", zero_stage=0, data_size=4).total == 16_000
-    assert size.state_bytes(1000, precision="fp32", zero_stage=0, data_size=4).total == 16_000
-    assert size.state_bytes(1000, precision="bf16", zero_stage=1, data_size=4) == size.StateBytes(2000, 2000, 3000)
-    assert size.state_bytes(1000, precision="bf16", zero_stage=2, data_size=4) == size.StateBytes(2000, 500, 3000)
-    assert size.state_bytes(1000, precision="bf16", zero_stage=3, data_size=4) == size.StateBytes(500, 500, 3000)

@@ -1,4 +1,4 @@
-"""Parameters, floating-point operations and bytes of a model, from its config alone.
+"""Parameters and floating-point operations of a model, from its config alone.
 
 A matrix product of [m, k] with [k, n] counts 2 m k n operations; norms, softmax, GELU and embeddings are not counted.
 Per sequence and forward pass (Megatron-LM 2104.04473, appendix; PaLM 2204.02311, appendix B):
@@ -11,7 +11,6 @@ Legend: C hidden, T text slots, N image slots, S = T + N, L layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 from vilg.config.schema import ModelConfig, ParallelConfig
@@ -47,14 +46,6 @@ def layer_parameters(config: ModelConfig, spec: SequenceSpec) -> list[int]:
     """Parameters of every layer of `vilg.layer_list`: Embed, blocks, Heads."""
     blocks = [block_parameters(config)] * config.num_layers
     return [embedding_parameters(config, spec), *blocks, head_parameters(config, spec)]
-
-
-def split_parameters(config: ModelConfig, spec: SequenceSpec) -> list[int]:
-    """Of every layer, the parameters that tensor parallelism cuts (parallel/layout.py); the rest is on every rank."""
-    hidden, wide = config.hidden_size, config.ffn_multiple * config.hidden_size
-    block = 4 * hidden * hidden + 2 * hidden * wide + 3 * hidden + wide
-    vocabularies = (spec.text_vocab_size + spec.image_vocab_size) * hidden
-    return [vocabularies, *[block] * config.num_layers, vocabularies]
 
 
 def num_parameters(config: ModelConfig, spec: SequenceSpec) -> int:
@@ -143,47 +134,6 @@ def stage_bounds(costs: Sequence[int], stages: int) -> tuple[int, ...]:
             if options:
                 best[first, left] = min(options, key=lambda option: option[0])
     return (0, *best[0, stages][1])
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes that one rank holds throughout training: weights and gradients in the step's precision, and the optimizer's
-    state, with fp32 master weights where the step's precision is lower. Activations and buffers are not in it."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
-
-
-def state_bytes(
-    parameters: int, *, precision: str, zero_stage: int, data_size: int, gradient_bytes: int | None = None
-) -> StateBytes:
-    """Training state of one rank that holds `parameters` before ZeRO (1910.02054, figure 1; Adam: 2 + 2 + 12 bytes).
-
-    ZeRO 1 shares the optimizer's state among the data ranks, 2 the gradients as well, 3 the weights as well.
-    gradient_bytes: of one number where gradients are summed up in another type than the step's.
-    """
-    small = 4 if precision == "fp32" else 2
-    optimizer = 8 if precision == "fp32" else 12
-
-    def held(bytes_each: int, from_stage: int) -> int:
-        return bytes_each * (-(-parameters // data_size) if zero_stage >= from_stage else parameters)
-
-    return StateBytes(weights=held(small, 3), gradients=held(gradient_bytes or small, 2), optimizer=held(optimizer, 1))
-
-
-def rank_parameters(
-    config: ModelConfig, spec: SequenceSpec, *, tensor: int = 1, pipeline: int = 1
-) -> list[int]:
-    """Parameters on a rank of each pipeline stage, before ZeRO. Raises ValueError as `stage_bounds` does."""
-    bounds = stage_bounds(layer_costs(config, spec), pipeline)
-    whole, split = layer_parameters(config, spec), split_parameters(config, spec)
-    local = [w - s + s // tensor for w, s in zip(whole, split)]
-    return [sum(local[start:stop]) for start, stop in zip(bounds, bounds[1:])]
 
 
 def _norm_parameters(config: ModelConfig) -> int:

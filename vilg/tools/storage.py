@@ -14,9 +14,10 @@ from pathlib import Path
 from vilg.checkpoint.load import latest_checkpoint
 from vilg.checkpoint.save import CHECKPOINTS, kept_for_good, leftovers, past_checkpoints
 from vilg.config import Recipe
+from vilg.config.deepspeed import read_deepspeed_file, zero_stage
 from vilg.data.loader import Blend, TokenDataset, open_data
 from vilg.errors import UserError
-from vilg.model.size import num_parameters, state_bytes
+from vilg.model.state_size import stage_parameters, state_bytes
 from vilg.parallel.ranks import Ranks
 from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
@@ -133,10 +134,14 @@ def _disk(recipe: Recipe) -> Iterator[Row]:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Size of one checkpoint: weights and moments, however they are cut."""
-    parameters = num_parameters(recipe.model, sequence_spec(recipe))
-    state = state_bytes(parameters, precision=recipe.precision, zero_stage=0, data_size=1)
-    return state.weights + state.optimizer
+    """Size of one checkpoint: what the engine keeps of weights, their fp32 copies and moments, however they are cut.
+
+    Of weights ZeRO 3 writes the fp32 copies alone. Names and headers are not in it.
+    """
+    zero = {} if recipe.parallel.engine == "torch" else read_deepspeed_file(recipe.parallel.deepspeed).value
+    (parameters,) = stage_parameters(recipe.model, sequence_spec(recipe))
+    state = state_bytes(parameters, precision=recipe.precision, zero=zero, data_size=1)
+    return state.optimizer + (state.weights if zero_stage(zero) < 3 else 0)
 
 
 def checkpoints_to_come(recipe: Recipe) -> tuple[int, int]:

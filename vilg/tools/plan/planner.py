@@ -1,5 +1,6 @@
 """A recipe on a number of GPUs: memory of the fullest rank and time of a step, from the config alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import get_args
@@ -9,6 +10,7 @@ from vilg.config.deepspeed import merged_deepspeed_config, offloads_optimizer, s
 from vilg.config.schema import ModelConfig, Recompute
 from vilg.errors import UserError
 from vilg.model import size
+from vilg.model.state_size import Parameter, stage_parameters, state_bytes
 from vilg.tokens.sequence import SequenceSpec
 from vilg.tools.plan.hardware import DEFAULT_GPU, Gpu, gpu_named
 from vilg.tools.plan.memory import (
@@ -143,8 +145,8 @@ def plan(recipe: Recipe, *, gpus: int, gpu: str | Gpu = DEFAULT_GPU, zero: dict 
     for number, (first, stop) in enumerate(zip(bounds, bounds[1:])):
         in_flight = min(micro_batches, pipeline - number)
         memory = _memory(place, first, stop, parameters[number], in_flight)
-        work = _work(place, first, stop, parameters[number])
-        stages.append(StagePlan(first, stop, parameters[number], in_flight, memory, work))
+        count = sum(parameter.numel for parameter in parameters[number])
+        stages.append(StagePlan(first, stop, count, in_flight, memory, _work(place, first, stop, count)))
     spread = Spread(data, tensor, pipeline)
     timings = [step_time(stage.work, spread, gpu) for stage in stages]
     slowest = max(range(pipeline), key=lambda number: timings[number].step)
@@ -185,12 +187,6 @@ class _Place:
         return 4 if self.recipe.precision == "fp32" else 2
 
     @property
-    def gradient_width(self) -> int:
-        """Bytes of the type that gradients are summed up in."""
-        named = self.zero.get("data_types", {}).get("grad_accum_dtype")
-        return {"fp32": 4, "fp16": 2, "bf16": 2, None: self.width}[named]
-
-    @property
     def sent_width(self) -> int:
         """Bytes of the type that gradients are sent to other ranks in."""
         return {"fp32": 4, "fp16": 2, "bf16": 2, None: self.width}[self.zero.get("communication_data_type")]
@@ -214,10 +210,12 @@ def _data_size(recipe: Recipe, gpus: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _stages(config: ModelConfig, spec: SequenceSpec, tensor: int, pipeline: int) -> tuple[tuple[int, ...], list[int]]:
+def _stages(
+    config: ModelConfig, spec: SequenceSpec, tensor: int, pipeline: int
+) -> tuple[tuple[int, ...], tuple[tuple[Parameter, ...], ...]]:
     """Bounds of the stages, and the parameters of a rank of each."""
     bounds = size.stage_bounds(size.layer_costs(config, spec), pipeline)
-    return bounds, size.rank_parameters(config, spec, tensor=tensor, pipeline=pipeline)
+    return bounds, stage_parameters(config, spec, tensor=tensor, pipeline=pipeline)
 
 
 def _not_counted(config: ModelConfig) -> tuple[str, ...]:
@@ -237,14 +235,12 @@ def _activations(place: _Place, first: int, stop: int, in_flight: int, recompute
     )  # fmt: skip
 
 
-def _memory(place: _Place, first: int, stop: int, parameters: int, in_flight: int) -> Memory:
+def _memory(place: _Place, first: int, stop: int, parameters: Sequence[Parameter], in_flight: int) -> Memory:
     recipe, spec, data, width = place.recipe, place.spec, place.data, place.width
     parallel, config, stage = recipe.parallel, recipe.model, zero_stage(place.zero)
-    state = size.state_bytes(
-        parameters, precision=recipe.precision, zero_stage=stage, data_size=data, gradient_bytes=place.gradient_width
+    state = state_bytes(
+        parameters, precision=recipe.precision, zero=place.zero, data_size=data, micro_batches=place.micro_batches
     )
-    shared = secondary_partition(place.zero)
-    second_copy = width * parameters // shared if shared and stage == 3 else 0
     activations = _activations(place, first, stop, in_flight, parallel.recompute)
     logits = 0
     if stop == config.num_layers + 2:
@@ -254,13 +250,15 @@ def _memory(place: _Place, first: int, stop: int, parameters: int, in_flight: in
         )  # fmt: skip
     largest = max(size.layer_parameters(config, spec)[first:stop]) // parallel.tensor
     communication = communication_bytes(
-        place.section, stage=stage, parameters=parameters, largest_layer=largest, data=data, width=width
-    )
-    optimizer = 0 if offloads_optimizer(place.zero) else state.optimizer
+        place.section, stage=stage, parameters=sum(parameter.numel for parameter in parameters), largest_layer=largest,
+        data=data, width=width,
+    )  # fmt: skip
+    offload = offloads_optimizer(place.zero)
     moving = activations + logits + communication
     return Memory(
-        weights=state.weights + second_copy, gradients=state.gradients, optimizer=optimizer, activations=activations,
-        logits=logits, communication=communication, overhead=CONTEXT_BYTES + int(FRAGMENTED * moving),
+        weights=state.weights, gradients=0 if offload and stage == 3 else state.gradients,
+        optimizer=0 if offload else state.optimizer, activations=activations, logits=logits, communication=communication,
+        overhead=CONTEXT_BYTES + int(FRAGMENTED * moving),
     )  # fmt: skip
 
 
