@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.patterns import PATTERNS, dense_mask
-from tests.model_support import SPEC, tiny_config, tiny_model
+from tests.model_support import SPEC, mixed_batch, tiny_config, tiny_model
 from vilg.config.schema import ModelConfig
 from vilg.model import size
+from vilg.model.loss import loss_sums
 from vilg.model.vilg import Vilg
 from vilg.tokens.sequence import SequenceSpec
 
@@ -50,19 +51,31 @@ def test_visible_pairs_equal_a_count_of_the_mask(pattern, grid, image_is_target)
     assert counted == int(mask.sum())
 
 
-def test_operations_of_a_dense_model_equal_torchs_count():
-    # Attention without a mask, so that the counter sees all S * S pairs.
-    config = tiny_config(attention="dense", hidden_size=32)
-    model = tiny_model(config)
+class _AttendToAll:
+    """Stands in for `SparseAttend`: attention without a mask, so that the counter sees all S * S pairs."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def __call__(self, q, k, v, pattern):
+        return (q @ k.transpose(2, 3)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(qk_norm=True, sandwich_norm=True, ffn_multiple=3, dropout=0.1)], ids=["plain", "with all"]
+)
+def test_operations_of_the_whole_dense_model_equal_torchs_count(changes, monkeypatch):
+    config = tiny_config(attention="dense", hidden_size=32, **changes)
+    monkeypatch.setattr("vilg.model.vilg.SparseAttend", _AttendToAll)
+    model, batch = tiny_model(config).train(), mixed_batch()
+    hidden_pairs = 4 * 32 * (SPEC.num_slots**2 - size.visible_pairs("dense", SPEC, image_is_target=True))
+    masked = len(batch) * config.num_layers * hidden_pairs
     with FlopCounterMode(display=False) as counter:
-        hidden = torch.randn(1, SPEC.num_slots, 32)
-        for block in model.blocks:
-            hidden = block(hidden, lambda q, k, v, pattern: (q @ k.transpose(2, 3)).softmax(-1) @ v)
-        model.heads(hidden)
-    pairs = size.visible_pairs("dense", SPEC, image_is_target=True)
-    all_pairs = 4 * 32 * (SPEC.num_slots**2 - pairs) * config.num_layers
-    assert counter.get_total_flops() == sum(size.layer_costs(config, SPEC)) + all_pairs
-    assert size.sequence_flops(config, SPEC) == 3 * sum(size.layer_costs(config, SPEC))
+        logits = model(*batch.inputs(), dropout_seeds=torch.arange(len(batch)))
+        assert counter.get_total_flops() == len(batch) * sum(size.layer_costs(config, SPEC)) + masked
+        loss_sums(*logits, batch.text_target, batch.image_target, z_loss=True).sum().backward()
+        assert counter.get_total_flops() == len(batch) * size.sequence_flops(config, SPEC) + 3 * masked
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_operations_per_token_of_the_ten_billion_model_match_the_papers_arithmetic():
