@@ -85,6 +85,16 @@ def test_operations_per_token_of_the_ten_billion_model_match_the_papers_arithmet
     assert per_token == pytest.approx(6.12e10, rel=0.02)
 
 
+def test_stage_cut_weighs_the_embedding_and_flops_do_not():
+    config = ModelConfig(num_layers=12, hidden_size=1024, num_heads=16)
+    spec = SequenceSpec(text_slots=64, grid=(16, 16), text_vocab_size=32768, image_vocab_size=8192)
+    costs = size.stage_costs(config, spec)
+    assert costs[0] / costs[1] == pytest.approx(0.15, abs=0.03)  # as measured, two sequences a micro-batch
+    assert size.layer_costs(config, spec)[0] == 0
+    # By operations alone Embed would have been put before three blocks.
+    assert size.stage_bounds(costs, 6) == (0, 3, 6, 8, 10, 12, 14)
+
+
 def test_stages_are_cut_where_the_dearest_is_cheapest():
     for costs in ([0, 4, 4, 4, 4, 1], [0, 3, 9, 2, 2, 7, 5], [5] * 6, [0, 1, 1, 1, 20]):
         for stages in range(1, len(costs) + 1):

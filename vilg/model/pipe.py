@@ -26,7 +26,7 @@ from vilg.model.block import Block
 from vilg.model.embed import Embed
 from vilg.model.heads import Heads
 from vilg.model.loss import LOSS_SUMS, Reconstruct, loss_sums, nan_unless_finite
-from vilg.model.size import layer_costs, stage_bounds
+from vilg.model.size import stage_bounds, stage_costs
 from vilg.model.vilg import fill_parameters, layer_list
 from vilg.parallel import layout
 from vilg.parallel.grid import Grid
@@ -124,7 +124,7 @@ class PipeLoss:
 
 class VilgPipe(PipelineModule):
     """This rank's stage, for `deepspeed.initialize` with `DEEPSPEED_SETTINGS`. Parameters have the names of `Vilg` and
-    are NaN until filled. Stages are cut by the layers' operations (`size.stage_bounds`).
+    are NaN until filled. Stages are cut by `size.stage_costs`.
 
     factor, z_loss: see `PipeLoss`, which is `self.loss_fn`. `torch.distributed` must be initialised, `grid` built with
     `pipeline` > 1, LOCAL_RANK set.
@@ -135,7 +135,7 @@ class VilgPipe(PipelineModule):
         device=None, dtype=None,
     ):  # fmt: skip
         # Attributes that the base class needs while it builds; modules may only be set after nn.Module.__init__.
-        object.__setattr__(self, "bounds", stage_bounds(layer_costs(config, spec), grid.pipeline_size))
+        object.__setattr__(self, "bounds", stage_bounds(stage_costs(config, spec), grid.pipeline_size))
         super().__init__(
             layers=layer_specs(config, spec, grid=grid, device=device, dtype=dtype),
             topology=PipeModelDataParallelTopology(

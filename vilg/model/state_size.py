@@ -29,7 +29,7 @@ from typing import Any
 
 from vilg.config.deepspeed import offloads_optimizer, secondary_partition, zero_stage
 from vilg.config.schema import ModelConfig
-from vilg.model.size import layer_costs, stage_bounds
+from vilg.model.size import stage_bounds, stage_costs
 from vilg.model.vilg import layer_list
 from vilg.parallel.grid import Grid
 from vilg.parallel.layout import rule_of
@@ -70,7 +70,7 @@ def stage_parameters(
 
     Raises ValueError as `size.stage_bounds` does.
     """
-    bounds = stage_bounds(layer_costs(config, spec), pipeline)
+    bounds = stage_bounds(stage_costs(config, spec), pipeline)
     layers = [
         [Parameter(numel // tensor if is_split else numel, decay) for numel, is_split, decay in layer]
         for layer in _layers(config, spec)

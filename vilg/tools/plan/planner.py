@@ -214,7 +214,7 @@ def _stages(
     config: ModelConfig, spec: SequenceSpec, tensor: int, pipeline: int
 ) -> tuple[tuple[int, ...], tuple[tuple[Parameter, ...], ...]]:
     """Bounds of the stages, and the parameters of a rank of each."""
-    bounds = size.stage_bounds(size.layer_costs(config, spec), pipeline)
+    bounds = size.stage_bounds(size.stage_costs(config, spec), pipeline)
     return bounds, stage_parameters(config, spec, tensor=tensor, pipeline=pipeline)
 
 
