@@ -89,6 +89,23 @@ def test_a_run_moves_from_plain_pytorch_to_pipeline_stages(common, unbroken, ses
     assert vilg(["inspect", str(moved), "--parameters"]) == 0
 
 
+def train_in_uneven_stages(rank: int, world_size: int, jobs: list[Job]) -> list[str | None]:
+    """As `train_jobs`, with all that one stage can hold in the first of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vilg.model.pipe.stage_costs", lambda config, spec: [0] * (config.num_layers + 1) + [1])
+        return train_jobs(rank, world_size, jobs)
+
+
+def test_a_run_continues_in_as_many_stages_that_are_cut_elsewhere(common, unbroken, session_tmp):
+    moved = branch(unbroken, "step_00000003", session_tmp / "resume" / "uneven")
+    uneven = Job({**common, **Layout(1, 2, 1, 1).overrides(), "run_dir": moved}, stop_after=6)
+    assert run_distributed(2, train_in_uneven_stages, ([uneven],), init=False) == [[None], [None]]
+    assert {e["stage"] for name, e in read_state(latest(moved)).parameters.items() if "layers.4" not in name} == {0}
+    assert start(Layout(1, 2, 1, 1), common, moved) == [None] * 2
+    assert "in stage 0; this run has" in (moved / "logs" / "rank_0.log").read_text()
+    assert read_losses(moved) == pytest.approx(read_losses(unbroken), rel=1e-6)
+
+
 def test_a_run_moves_to_zero_3_in_several_sub_groups_on_the_host_and_with_a_second_copy(common, unbroken, session_tmp):
     small = {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}  # many groups, few parameters kept whole
     folder, jobs = session_tmp / "resume" / "groups", {}

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -296,8 +297,12 @@ def test_find_checkpoint_takes_a_run_or_a_checkpoint_and_says_what_is_missing(tm
 
 
 def test_a_move_to_another_layout_names_what_differs():
-    assert layout_note(LAYOUT, LAYOUT) is None
-    assert "saved with data=1; this run has data=2" in layout_note(LAYOUT, {**LAYOUT, "data": 2})
+    here = {"layers.1.bias": {"stage": 0}, "layers.2.bias": {"stage": 1}}
+    before = replace(state(1), parameters=here)
+    assert layout_note(before, LAYOUT, here) is None
+    assert "saved with data=1; this run has data=2" in layout_note(before, {**LAYOUT, "data": 2}, here)
+    note = layout_note(before, LAYOUT, {**here, "layers.2.bias": {"stage": 0}})
+    assert "saved with layers.2.bias in stage 1; this run has layers.2.bias in stage 0" in note
 
 
 class Hostile:

@@ -5,7 +5,7 @@ from typing import Any
 
 from vilg.checkpoint.folders import standing
 from vilg.checkpoint.save import CHECKPOINTS, LATEST, aside
-from vilg.checkpoint.state import STATE_FILE
+from vilg.checkpoint.state import STATE_FILE, RunState
 from vilg.errors import UserError
 
 
@@ -47,10 +47,17 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def layout_note(was: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What differs between the layout that wrote a checkpoint and this run's, for people; None if nothing does."""
-    differing = [key for key in was if was[key] != now.get(key)]
+def layout_note(state: RunState, layout: dict[str, Any], parameters: dict[str, dict[str, Any]]) -> str | None:
+    """What differs between the layout that wrote a checkpoint and this run's, for people; None if nothing does.
+
+    layout, parameters: this run's, as `RunState` has them.
+    """
+    differing = [key for key in state.layout if state.layout[key] != layout.get(key)]
+    before, after = (", ".join(f"{key}={values.get(key)}" for key in differing) for values in (state.layout, layout))
     if not differing:
-        return None
-    before, after = (", ".join(f"{key}={values.get(key)}" for key in differing) for values in (was, now))
+        # The same sizes, but another vilg cut the layers into stages elsewhere.
+        moved = [name for name, entry in state.parameters.items() if entry["stage"] != parameters[name]["stage"]]
+        if not moved:
+            return None
+        before, after = (f"{moved[0]} in stage {table[moved[0]]['stage']}" for table in (state.parameters, parameters))
     return f"the checkpoint was saved with {before}; this run has {after}: weights and moments are distributed anew"

@@ -73,9 +73,14 @@ class Engine(Protocol):
         ...
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, state: RunState) -> str:
-    """Weights and moments of a checkpoint of any layout; a note for people if the layout is another. Raises UserError."""
-    note = layout_note(state.layout, engine.layout)
+def load_checkpoint(
+    engine: Engine, checkpoint: Path, state: RunState, parameters: dict[str, dict[str, Any]]
+) -> str | None:
+    """Weights and moments of a checkpoint of any layout; a note for people if the layout is another. Raises UserError.
+
+    parameters: this run's `parameter_table`.
+    """
+    note = layout_note(state, engine.layout, parameters)
     if engine.reconstruction:
         engine.reconstruction.load(checkpoint)
     if note:

@@ -99,11 +99,12 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         notes.append(ranks.together(lambda: fill_from_export(model, recipe.init_from, **given)))
     reconstruction = ranks.together(lambda: build_reconstruction(recipe, grid, model, image, device, fresh=not before))
     engine = build_engine(recipe, grid, model, device, reconstruction)
+    parameters = parameter_table(engine.model, grid, ranks)
     if before:
         notes += ranks.on_main(lambda: check_tokenizers(before.tokenizers, tokenizers, checkpoint, accept))
         share = dict(rank=ranks.rank, world_size=ranks.world_size)
         ranks.together(lambda: verify_files(checkpoint, before, **share))
-        note = ranks.together(lambda: load_checkpoint(engine, checkpoint, before))
+        note = ranks.together(lambda: load_checkpoint(engine, checkpoint, before, parameters))
         notes += filter(None, [note])
     position = LoaderState.from_dict(before.loader) if before else None
     # The hash of `tokens.image_model`, which made the data: the tokenizer itself may have learned on in this run.
@@ -148,7 +149,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         evaluation=evaluation,
         sampler=sampler,
         tokenizers=tokenizers,
-        parameters=parameter_table(engine.model, grid, ranks),
+        parameters=parameters,
         position=loader.state,
         lock=lock,
         saver=Saver(

@@ -88,7 +88,7 @@ class Run:
             before = self.ranks.on_main(lambda: read_state(checkpoint))
             self.guards.restore(before.skipped)
             self.guards.spikes.count(spike, loss, self.recipe.guards)
-            self.ranks.together(lambda: load_checkpoint(self.engine, checkpoint, before))
+            self.ranks.together(lambda: load_checkpoint(self.engine, checkpoint, before, self.parameters))
             left_out = [before.samples, self.position.samples_consumed]
             self.guards.spikes.left_out.append(left_out)
             self.step, self.tokens, self.saved_step = before.step, before.tokens, None
