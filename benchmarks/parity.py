@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.distributed.parity import MODELS, ZERO_EXTRAS, Case, Errors, compare, reference, run_cases  # noqa: E402
+from tests.distributed.parity import MODELS, ON_HOST, WITHIN, Case, Errors, compare, reference, run_cases  # noqa: E402
 from tests.distributed.resume_support import Layout  # noqa: E402
 from vilg.checkpoint.state import source_commit, versions  # noqa: E402
 
@@ -76,9 +76,8 @@ def make_cases(layouts: Sequence[Layout], models: Sequence[str], recompute: Sequ
         for model in models
     ]
     if extras:
-        on_host, within = ZERO_EXTRAS
-        cases += [Case(layout, model=models[0], extra=on_host) for layout in layouts if layout.zero > 0]
-        cases.append(Case(Layout(data=4, zero=3), model=models[0], extra=within))
+        cases += [Case(layout, model=models[0], extra=ON_HOST) for layout in layouts if layout.zero > 0]
+        cases.append(Case(Layout(data=4, zero=3), model=models[0], extra=WITHIN))
     return cases
 
 

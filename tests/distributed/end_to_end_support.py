@@ -15,7 +15,7 @@ from vilg.data.writer import ShardWriter
 TORCH, SECTION = Layout(engine="torch"), "model.reconstructor."
 RECIPE = {
     "schedule.steps": 6, "schedule.warmup_steps": 2, "checkpoint.every_steps": 3, "checkpoint.keep_last": 9,
-    "logging.tensorboard": "false", "model.num_layers": 2, "model.hidden_size": 32, "data.text_to_image_fraction": 0.7,
+    "logging.tensorboard": "false", "evaluation.every_steps": 3, "evaluation.pairs": 9, "model.num_layers": 2, "model.hidden_size": 32, "data.text_to_image_fraction": 0.7,
     f"{SECTION}ramp_steps": 4, f"{SECTION}lr": 1e-3, f"{SECTION}ema": 0.5, f"{SECTION}adversarial.weight": 0.5,
     f"{SECTION}adversarial.start_step": 2, f"{SECTION}adversarial.r1_every": 2, f"{SECTION}adversarial.width": 8,
     f"{SECTION}adversarial.layers": 2,
@@ -23,19 +23,23 @@ RECIPE = {
 
 
 def make_pictures(folder: Path, image_model: Path | None = None) -> Overrides:
-    """The golden data's tokenizers (or that image tokenizer), and token shards of random pictures with their images."""
+    """The golden data's tokenizers (or that image tokenizer), token shards of random pictures with their images, and
+    held-out ones."""
     folder.mkdir()
     made, draw = make_data(folder), np.random.default_rng(0)
     image_model = image_model or folder / "image"
-    with ShardWriter(folder / "raw" / "00000.tar") as shard:
-        for number in range(48):
-            content = io.BytesIO()
-            pixels = np.repeat(np.repeat(draw.integers(0, 256, (4, 4, 3), np.uint8), 8, 0), 8, 1)
-            Image.fromarray(pixels).save(content, "PNG")
-            shard.write(f"{number:06d}", {"png": content.getvalue(), "txt": b"a red horse", "json": b"{}"})
-    arguments = ["--image-model", str(image_model), "--out", str(folder / "pictures"), "--store-images"]
-    assert tokenize([str(folder / "raw"), *arguments, "--processes", "1"]) == 0
-    return {**made, "tokens.image_model": str(image_model), "data.train": str(folder / "pictures"), **RECIPE}
+    for name, count in (("pictures", 48), ("held_out_pictures", 9)):
+        raw = folder / f"raw_{name}"
+        with ShardWriter(raw / "00000.tar") as shard:
+            for number in range(count):
+                content = io.BytesIO()
+                pixels = np.repeat(np.repeat(draw.integers(0, 256, (4, 4, 3), np.uint8), 8, 0), 8, 1)
+                Image.fromarray(pixels).save(content, "PNG")
+                shard.write(f"{number:06d}", {"png": content.getvalue(), "txt": b"a red horse", "json": b"{}"})
+        arguments = ["--image-model", str(image_model), "--out", str(folder / name), "--store-images"]
+        assert tokenize([str(raw), *arguments, "--processes", "1"]) == 0
+    named = {"data.train": str(folder / "pictures"), "evaluation.data": str(folder / "held_out_pictures")}
+    return {**made, "tokens.image_model": str(image_model), **named, **RECIPE}
 
 
 def start(layout: Layout, common: Overrides, run: Path, **how) -> list[str | None]:

@@ -81,10 +81,12 @@ MODELS["joint quantizer"] = MODELS["end to end"] | {
     "model.reconstructor.joint_quantizer.decay": 0.9,
 }
 FACTOR = 2  # pixels per code of the end-to-end model's image tokenizer
-# What a DeepSpeed file may add to ZeRO; the second needs stage 3 and cuts the weights over two ranks of the data ranks.
+# What a DeepSpeed file may add to ZeRO; the last two need stage 3, and one cuts the weights over two ranks of the data ranks.
+ON_HOST, WITHIN, ALL_CUT = "optimizer on the host", "weights cut within 2 ranks", "no weights kept whole"
 ZERO_EXTRAS = {
-    "optimizer on the host": {"offload_optimizer": {"device": "cpu"}},
-    "weights cut within 2 ranks": {"zero_hpz_partition_size": 2},
+    ON_HOST: {"offload_optimizer": {"device": "cpu"}},
+    WITHIN: {"zero_hpz_partition_size": 2},
+    ALL_CUT: {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 100, "stage3_max_live_parameters": 1000},
 }
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.distributed.end_to_end_support import TORCH, make_pictures, start
 from tests.distributed.resume_support import Layout, branch, latest
-from tests.golden.make import DEBUG_RECIPE, read_losses
+from tests.golden.make import DEBUG_RECIPE, read_evaluations, read_losses
 from vilg.__main__ import main as vilg
 from vilg.checkpoint.reconstructor_file import kept_weights, read_reconstructor_file
 from vilg.inference.decode import decode_pictures
@@ -40,11 +40,14 @@ def test_a_stopped_run_continues_with_the_same_numbers_in_every_digit(common, un
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("layout", [Layout(data=2, zero=3), Layout(pipeline=2, zero=1)], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [Layout(data=2, zero=3), Layout(tensor=2), Layout(pipeline=2, zero=1)], ids=lambda layout: layout.name)
 def test_a_run_moves_to_another_layout_with_reconstructor_and_discriminator(common, unbroken, session_tmp, layout):
     run = branch(unbroken, "step_00000003", session_tmp / "end-to-end" / layout.name)
     assert start(layout, common, run) == [None] * layout.processes
     assert read_losses(run) == pytest.approx(read_losses(unbroken), rel=1e-4)
+    found, wanted = read_evaluations(run), read_evaluations(unbroken)
+    assert list(found) == list(wanted) == [3, 6] and "val_reconstruction_loss" in found[6]
+    assert found[6] == pytest.approx(wanted[6], rel=1e-4)
     found, wanted = (read_reconstructor_file(latest(path)) for path in (run, unbroken))
     for name in kept_weights(wanted):
         key = f"reconstructor.ema.{name}"

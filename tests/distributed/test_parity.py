@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.distributed.helpers import run_distributed
-from tests.distributed.parity import Case, Outcome, Trainer, compare, reference, run_cases, train_all
+from tests.distributed.parity import ALL_CUT, ON_HOST, Case, Outcome, Trainer, compare, reference, run_cases, train_all
 from tests.distributed.resume_support import Layout
 from vilg.train.distributed import distributed
 from vilg.train.faults import Fault, FaultPlan
@@ -20,7 +20,7 @@ CASES = [
     Case(Layout(data=2, zero=3), recompute="selective", model="dense"),
     Case(Layout(tensor=2), sequence=True, recompute="full"),
     Case(Layout(pipeline=2), recompute="full", every=2),
-    Case(Layout(data=2, zero=2), extra="optimizer on the host"),
+    Case(Layout(data=2, zero=2), extra=ON_HOST),
     Case(Layout(tensor=2, pipeline=2, zero=1), sequence=True, model="dense"),
     Case(Layout(tensor=2, data=2, zero=2)),
     Case(Layout(pipeline=2, data=2, zero=1), recompute="selective"),
@@ -73,6 +73,37 @@ def test_all_stages_leave_out_a_step_with_nan_gradients_on_one_rank_and_a_loss_s
         for number, (skipped, kept, losses) in enumerate(found):
             assert skipped == kept == [False, True, True, False]
             assert losses == ranks[0][number][2] and all(map(math.isfinite, losses))
+
+
+def evaluated_between(rank: int, world_size: int, cases: list[Case], folder: Path) -> list[list[list[float]]]:
+    """For each case, the losses of three steps without evaluations, then with one before each; and what ranks hold of a
+    pipeline's last evaluation."""
+    found = []
+    with distributed(torch.device("cpu")):
+        for case in cases:
+            losses: list[list[float]] = []
+            for evaluates in (False, True):
+                trainer, own = Trainer.build(case, folder), []
+                for step in (1, 2, 3):
+                    if evaluates:
+                        trainer.evaluate()
+                        buffers = getattr(trainer.engine.engine, "pipe_buffers", {})
+                        assert all(held is None for kept in buffers.values() for held in kept)
+                    own.append(float(trainer.step(step).loss))
+                losses.append(own)
+            found.append(losses)
+    return found
+
+
+def test_evaluations_between_steps_change_no_digit_of_the_training(tmp_path):
+    cases = [
+        Case(Layout(data=2, zero=3), extra=ALL_CUT, recompute="full"),
+        Case(Layout(data=2, zero=1), model="dense"),
+        Case(Layout(pipeline=2, zero=1)),
+    ]
+    for ranks in run_distributed(2, evaluated_between, (cases, tmp_path), init=False):
+        for without, with_evaluations in ranks:
+            assert without == with_evaluations and len(set(without)) == 3
 
 
 def compiled_outcomes(rank: int, world_size: int, cases: list[Case], folder: Path) -> tuple[list[Outcome], int]:

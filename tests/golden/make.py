@@ -91,6 +91,13 @@ def train_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
 
 
+def read_evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Held-out losses of a run by step, of the steps that have any."""
+    rows = [json.loads(line) for line in (run_dir / "logs" / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: {key: value for key, value in row.items() if key.startswith("val_")} for row in rows}
+    return {step: found for step, found in losses.items() if found}
+
+
 def read_losses(run_dir: Path) -> list[float]:
     """The loss of every step of a run, in order."""
     rows = [json.loads(line) for line in (run_dir / "logs" / "metrics.jsonl").read_text().splitlines()]

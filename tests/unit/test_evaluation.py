@@ -2,6 +2,10 @@
 
 from dataclasses import replace
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,15 +13,17 @@ import torch.nn.functional as F
 from tests.golden.make import DEBUG_RECIPE, NUM_HELD_OUT, make_data
 from vilg.config import load_recipe
 from vilg.config.check import check_recipe
+from vilg.data.loader import Loader, open_data
 from vilg.errors import UserError
 from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks
-from vilg.tokens.sequence import IGNORE, SequenceSpec, all_images, collate, answer, text_to_image, without_targets
+from vilg.tokens.sequence import IGNORE, SequenceSpec, all_images, answer, collate, text_to_image, without_targets
 from vilg.tokens.text import TextTokenizer
 from vilg.train.engine import build_engine, build_model
 from vilg.train.evaluation import Evaluation, read_pairs
+from vilg.train.log import loss_text
 from vilg.train.open import sequence_spec
-from vilg.train.step import StepResult
+from vilg.train.step import StepResult, count, plan_step
 
 SINGLE = Grid.single()
 
@@ -36,6 +42,14 @@ def source(recipe):
     return dict(text_tokenizer=TextTokenizer.load(recipe.tokens.text_model), spec=sequence_spec(recipe))
 
 
+def read(recipe, grid=SINGLE, **more):
+    return read_pairs(recipe, grid, open_data(recipe.data), **source(recipe), **more)
+
+
+def evaluation_of(recipe):
+    return Evaluation.read(recipe, SINGLE, Ranks(), open_data(recipe.data), **source(recipe))
+
+
 def counted(batches):
     """The sequences that have a target, as text, in some order."""
     rows = []
@@ -49,40 +63,40 @@ def counted(batches):
 @pytest.mark.parametrize(("data_size", "micro"), [(1, 1), (1, 16), (2, 8), (3, 4)])
 def test_every_split_over_ranks_has_the_same_sequences_once_and_equally_many_micro_batches(data, data_size, micro):
     alone = recipe_of(data)
-    pairs, whole, bad = read_pairs(alone, SINGLE, **source(alone))
-    assert pairs == 21 and bad == 0 and len(counted(whole)) == 2 * 21 and all(len(batch) == 16 for batch in whole)
+    pairs, whole, bad = read(alone)
+    assert pairs == 21 and bad == 0 and len(counted(whole)) == 2 * 21
+    assert all(len(batch) == alone.batch.micro_size for batch in whole)  # no larger than those of a step
     recipe, shares = recipe_of(data, batch__micro_size=micro, batch__global_size=48), []
     for rank in range(data_size):
         grid = Grid(data_size=data_size, rank=rank)
-        shares.append(read_pairs(recipe, grid, **source(recipe))[1])
+        shares.append(read(recipe, grid)[1])
     assert len({len(share) for share in shares}) == 1
     assert counted([batch for share in shares for batch in share]) == counted(whole)
 
 
 def test_runs_of_other_seeds_and_shares_of_directions_evaluate_the_same_pairs(data):
     recipe, other = recipe_of(data), recipe_of(data, seed=7, data__text_to_image_fraction=0.9, data__caption_dropout=0.5)
-    first, second = (counted(read_pairs(r, SINGLE, **source(r))[1]) for r in (recipe, other))
+    first, second = (counted(read(r)[1]) for r in (recipe, other))
     assert first == second
 
 
 @pytest.mark.parametrize(("fraction", "texts", "images"), [(1.0, False, True), (0.0, True, False)])
 def test_only_the_direction_that_is_trained_is_evaluated(data, fraction, texts, images):
     recipe = recipe_of(data, data__text_to_image_fraction=fraction)
-    evaluation = Evaluation.read(recipe, SINGLE, Ranks(), **source(recipe))
+    evaluation = evaluation_of(recipe)
     assert (evaluation.text_targets > 0, evaluation.image_targets > 0) == (texts, images)
     keys = evaluation.figures(StepResult(1.0, 2.0, 3.0, 0.0, False, 0.0)).keys()
     assert keys == {"val_loss", "val_text_loss" if texts else "val_image_loss"}
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_losses_are_those_of_a_loop_over_sequences_without_dropout(data, reduction):
-    recipe = recipe_of(data, loss__reduction=reduction, loss__text_weight=0.25)
+def test_the_losses_are_those_of_a_loop_over_sequences_without_dropout(data):
+    recipe = recipe_of(data, loss__text_weight=0.25)
     assert recipe.model.dropout > 0
     model = build_model(recipe, sequence_spec(recipe), SINGLE, torch.device("cpu"))
     model.reset_parameters(0)
     engine = build_engine(recipe, SINGLE, model, torch.device("cpu"))
     before = [p.detach().clone() for p in model.parameters()]
-    evaluation = Evaluation.read(recipe, SINGLE, Ranks(), **source(recipe))
+    evaluation = evaluation_of(recipe)
     result = engine.evaluate(evaluation.batches, evaluation.plan(3))
     assert model.training and all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
@@ -100,8 +114,43 @@ def test_the_losses_are_those_of_a_loop_over_sequences_without_dropout(data, red
     mean_text, mean_image = sum(texts) / len(texts), sum(images) / len(images)
     assert float(result.text_loss) == pytest.approx(mean_text, rel=1e-5)
     assert float(result.image_loss) == pytest.approx(mean_image, rel=1e-5)
-    wanted = 0.25 * mean_text + mean_image if reduction == "mean" else (0.25 * sum(texts) + sum(images)) / 21
-    assert float(result.loss) == pytest.approx(wanted, rel=1e-5)
+    assert float(result.loss) == pytest.approx(0.25 * mean_text + mean_image, rel=1e-5)
+
+
+@pytest.mark.parametrize("directions", [{"data__text_to_image_fraction": 0.75}, {"data__directions": "both"}])
+def test_a_loss_that_sums_over_pairs_is_on_the_scale_of_the_trainings(data, directions):
+    recipe = recipe_of(data, loss__reduction="sum", batch__global_size=96, evaluation__pairs=0, **directions)
+    evaluation = evaluation_of(recipe)
+    step = next(iter(Loader(open_data(recipe.data), data_config=recipe.data, seed=0, global_size=96, micro_size=8, **source(recipe))))
+    text_targets, image_targets, _ = count(step)
+    trained = plan_step(recipe, 1, text_targets=text_targets, image_targets=image_targets)
+    plan = evaluation.plan(1)
+    # Were every token's loss 1, the losses would be the targets times their scales; captions differ a little in length.
+    assert evaluation.image_targets * plan.image_scale == pytest.approx(image_targets * trained.image_scale, rel=0.1)
+    assert evaluation.text_targets * plan.text_scale == pytest.approx(text_targets * trained.text_scale, rel=0.2)
+
+
+def test_bad_pairs_are_counted_once_under_every_split_and_kept_by_name(data, tmp_path):
+    held_out = shutil.copytree(data["evaluation.data"], tmp_path / "held_out")
+    recipe = recipe_of(data | {"evaluation.data": held_out}, tokens__text_slots=5, data__max_bad_fraction=1.0)
+    found = {}
+    for ranks in (1, 2, 3):
+        lines = []
+        for rank in range(ranks):
+            path = tmp_path / f"bad{ranks}_{rank}.jsonl"
+            path.write_text("of the start before\n")
+            bad = read(recipe, Grid(data_size=ranks, rank=rank), quarantine=path)[2]
+            kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            assert bad == sum(line["global_index"] < 21 for line in kept)
+            lines += [line["key"] for line in kept if line["global_index"] < 21]
+        found[ranks] = sorted(lines)
+    assert found[1] == found[2] == found[3] and 0 < len(found[1]) < 21
+
+
+def test_a_loss_that_is_not_finite_is_said_so(data):
+    figures = evaluation_of(recipe_of(data)).figures(StepResult(float("nan"), 2.0, float("inf"), 0.0, False, 0.0))
+    assert figures == {"val_loss": None, "val_text_loss": 2.0, "val_image_loss": None}
+    assert loss_text(figures, prefix="val_") == "loss not finite (text 2.000)"
 
 
 def test_sequences_without_targets_keep_their_pixels_as_sources():
@@ -125,8 +174,12 @@ def test_sequences_without_targets_keep_their_pixels_as_sources():
 def test_too_few_pairs_and_the_trained_data_are_refused(data):
     recipe = recipe_of(data, evaluation__pairs=NUM_HELD_OUT + 1)
     with pytest.raises(UserError, match=f"evaluation.pairs={NUM_HELD_OUT + 1}, but .*held_out holds {NUM_HELD_OUT} pairs"):
-        read_pairs(recipe, SINGLE, **source(recipe))
-    assert read_pairs(recipe_of(data, evaluation__pairs=0), SINGLE, **source(recipe))[0] == NUM_HELD_OUT
+        read(recipe)
+    assert read(recipe_of(data, evaluation__pairs=0))[0] == NUM_HELD_OUT
+    link = Path(data["data.train"]).with_name("link")
+    link.symlink_to(data["data.train"])
+    with pytest.raises(UserError, match="link holds the same shards as .*tokens, which is trained on"):
+        read(recipe_of(data | {"evaluation.data": link}))
     plain = load_recipe(DEBUG_RECIPE, ["evaluation.every_steps=5"], cross_checks=False)
     assert "evaluation.data is not set" in check_recipe(plain)[0]
     same = load_recipe(DEBUG_RECIPE, [f"evaluation.data={plain.data.train}"], cross_checks=False)

@@ -99,6 +99,8 @@ def reports(folder) -> dict[str, Report]:
         "two folders": ({}, {"run_dir": folder / "local"}),
         "no data": ({}, missing),
         "damaged shard": ({"data.train": damaged}, {}),
+        "held out": ({"evaluation.every_steps": 5, "evaluation.pairs": 21}, {}),
+        "few held out": ({"evaluation.every_steps": 5, "evaluation.pairs": 999}, {}),
     }
     nodes = []
     for name, (changes, on_the_last) in cases.items():
@@ -136,6 +138,12 @@ def test_a_node_that_cannot_read_tokenizer_or_shards_is_blamed(reports):
     report = reports["no data"]
     assert report.bad_nodes == ["node3"] and set(bad(report)) == {"tokenizers", "shards"}
     assert all(text.startswith("node3: ") for text in bad(report).values())
+
+
+def test_held_out_pairs_have_a_row_and_must_be_enough(reports):
+    (row,) = [row for row in reports["held out"].rows if row.check == "held out"]
+    assert (row.status, row.detail) == ("ok", "1 shards, 21 of 40 samples")
+    assert "evaluation.pairs=999, but" in bad(reports["few held out"])["shards"]
 
 
 def test_a_damaged_shard_is_bad_and_no_nodes_fault(reports):

@@ -40,12 +40,12 @@ def test_wandb_is_offline_in_the_logs_folder_and_gets_figures_under_our_step(tmp
     standin = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", standin)
     (sink,) = open_sinks(recipe("logging.wandb=offline", "name=mine"), tmp_path, resume_step=0)
-    sink.rows([ROW])
+    sink.rows([ROW | {"val_loss": 5.5}])
     sink.event({"event": "save", "step": 10, "text": "saved"})
     sink.close()
     assert (standin.asked["mode"], standin.asked["dir"], standin.asked["name"]) == ("offline", str(tmp_path), "mine")
     assert standin.metrics == [("*", "step")] and standin.asked["config"]["optimizer"]["lr"] == 0.002
-    assert standin.logged[0] == {"step": 10, "train/loss": 5.25, "train/tokens_per_second": 4e4}
+    assert standin.logged[0] == {"step": 10, "train/loss": 5.25, "train/tokens_per_second": 4e4, "val/loss": 5.5}
     assert standin.logged[1] == {"step": 10, "events/save": 1} and standin.finished
 
 
@@ -57,7 +57,7 @@ def test_wandb_that_is_not_installed_is_named_with_the_way_out(tmp_path, monkeyp
 
 def test_the_prometheus_file_has_help_type_and_the_last_figures(tmp_path):
     sink = Prometheus(tmp_path, 'my "run"/1')
-    sink.rows([ROW | {"step": 9}, ROW])
+    sink.rows([ROW | {"step": 9, "val_loss": 5.5}, ROW])
     sink.event({"event": "save", "step": 10, "text": "saved"})
     (path,) = tmp_path.glob("*.prom")
     lines = path.read_text().splitlines()
@@ -65,6 +65,7 @@ def test_the_prometheus_file_has_help_type_and_the_last_figures(tmp_path):
     at = lines.index("# TYPE vilg_loss_nats gauge")
     assert lines[at - 1].startswith("# HELP vilg_loss_nats ")
     assert lines[at + 1] == 'vilg_loss_nats{run="my \\"run\\"/1"} 5.25'
+    assert 'vilg_held_out_loss_nats{run="my \\"run\\"/1"} 5.5' in lines  # of the last row that has one
     assert 'vilg_step{run="my \\"run\\"/1"} 10' in lines and not any("text_loss" in line for line in lines)
     assert 'vilg_events_total{run="my \\"run\\"/1",event="save"} 1' in lines
 

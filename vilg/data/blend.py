@@ -36,6 +36,11 @@ def open_data(config: DataConfig) -> "TokenDataset | Blend":
     return Blend([first, *others], [1.0, *(part.weight for part in config.blend)])
 
 
+def parts_of(data: "TokenDataset | Blend") -> tuple[TokenDataset, ...]:
+    """The data sets of a blend, or the one."""
+    return data.parts if isinstance(data, Blend) else (data,)
+
+
 def _open(place: Path | str, config: DataConfig) -> TokenDataset:
     if isinstance(place, Path):
         return TokenDataset.open(place, cache_dir=config.cache_dir)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vilg.config.schema import DataConfig
-from vilg.data.blend import Blend, open_data
+from vilg.data.blend import Blend, open_data, parts_of
 from vilg.data.children import tie_to_parent
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
 from vilg.data.patience import PatientBuilder
@@ -25,7 +25,7 @@ from vilg.data.steps import StepBuilder, StepData, TextEncoder
 from vilg.errors import UserError
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 
-__all__ = ["Blend", "Loader", "LoaderState", "SampleError", "TokenDataset", "TokenSample", "open_data"]
+__all__ = ["Blend", "Loader", "LoaderState", "SampleError", "TokenDataset", "TokenSample", "open_data", "parts_of"]
 
 STATE_VERSION = 1
 ENOUGH_SEEN = 10_000  # samples before a share of bad ones means anything; fewer are judged as if they were so many
@@ -228,6 +228,6 @@ def _same(item: StepData) -> StepData:
     return item
 
 
-def bad_sample_path(run_dir: Path, data_rank: int) -> Path:
-    """Where a run keeps the bad samples of a data rank."""
-    return run_dir / "logs" / f"quarantine_rank{data_rank}.jsonl"
+def bad_sample_path(run_dir: Path, rank: int, *, held_out: bool = False) -> Path:
+    """Where a run keeps the bad samples of a data rank, or the held-out ones of a rank."""
+    return run_dir / "logs" / f"quarantine_{'held_out_' if held_out else ''}rank{rank}.jsonl"

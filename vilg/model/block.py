@@ -102,7 +102,7 @@ def compile_blocks(model: nn.Module) -> None:
     compilation of each of two functions serves every block, whose weights are arguments of it.
 
     The attention stays outside: its kernels are compiled already. dynamic=False: the shapes of a run are few (the
-    training batch, the probes), and code for any shape is slower.
+    training batch, the probes; without gradients once more, if pairs are evaluated), and code for any shape is slower.
     """
     for block in model.modules():
         if isinstance(block, Block):

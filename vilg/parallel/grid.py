@@ -80,6 +80,11 @@ class Grid:
     def world_size(self) -> int:
         return self.data_size * self.tensor_size * self.pipeline_size
 
+    @property
+    def replicas(self) -> int:
+        """Ranks that read the same data."""
+        return self.tensor_size * self.pipeline_size
+
     # What DeepSpeed asks of an `mpu`. Its "model parallel" is the tensor axis: with a pipeline it asks its own grid.
 
     def get_data_parallel_group(self) -> Group:

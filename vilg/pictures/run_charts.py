@@ -40,7 +40,7 @@ class RunCurves:
         return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
 
     def windows(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of the rows that hold a figure of a console line."""
+        """Steps and values of the rows that hold a figure: of a console line, of held-out pairs."""
         rows = [row for row in self.rows if row.get(key) is not None]
         return self.column("step", rows), self.column(key, rows)
 
@@ -103,7 +103,7 @@ def loss_chart(runs: Sequence[RunCurves]) -> Figure:
             room = max(0.06 * (high - low), 0.01 * abs(high), 1e-6)
             axes.set_ylim(low - 1.5 * room, high + room)
         _mark(axes, runs)
-    _legend(figure, runs)
+    _legend(figure, runs, held_out=any(len(run.windows("val_loss")[0]) for run in runs))
     return figure
 
 
@@ -258,8 +258,8 @@ def _event_point(axes: Axes, event: Row, hour: float, run: RunCurves) -> None:
     axes.plot([hour], [event["step"]], marker, color=colour, markersize=5, zorder=3)
 
 
-def _legend(figure: Figure, runs: Sequence[RunCurves]) -> None:
-    """Runs by colour where there are several, and the marks that occur."""
+def _legend(figure: Figure, runs: Sequence[RunCurves], *, held_out: bool = False) -> None:
+    """Runs by colour where there are several, and the marks that occur; held_out: also on the curves."""
     kinds = {event["event"] for run in runs for event in run.events}
     progress = figure.axes[0].get_title(loc="left") == "progress"
     handles = [Line2D([], [], color=run.colour, linewidth=2, label=run.name) for run in runs] if len(runs) > 1 else []
@@ -273,7 +273,7 @@ def _legend(figure: Figure, runs: Sequence[RunCurves]) -> None:
             if kind in kinds:
                 mark(label, color=_SKIPPED, marker=marker, linestyle="", markersize=5)
     else:
-        if figure.axes[0].get_title(loc="left") == "minimised loss" and any(len(run.windows("val_loss")[0]) for run in runs):
+        if held_out:
             mark("held out", color=_MUTED, **_HELD_OUT)
         if "save" in kinds:
             mark("checkpoint", color=_MUTED, marker="^", linestyle="", markersize=4)

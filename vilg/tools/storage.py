@@ -15,7 +15,7 @@ from vilg.checkpoint.load import latest_checkpoint
 from vilg.checkpoint.save import CHECKPOINTS, kept_for_good, leftovers, past_checkpoints
 from vilg.config import Recipe
 from vilg.config.deepspeed import read_deepspeed_file, zero_stage
-from vilg.data.loader import Blend, TokenDataset, open_data
+from vilg.data.loader import Blend, TokenDataset, open_data, parts_of
 from vilg.errors import UserError
 from vilg.model.state_size import stage_parameters, state_bytes
 from vilg.parallel.ranks import Ranks
@@ -23,7 +23,7 @@ from vilg.tokens.text import TextTokenizer
 from vilg.tokens.vqgan import ImageTokenizer
 from vilg.tools.findings import Report, Row, node_name
 from vilg.train.evaluation import open_held_out
-from vilg.train.open import sequence_spec
+from vilg.train.open import data_fit, sequence_spec
 from vilg.train.rundir import check_run_dir
 
 _PROBE_BYTES = 64 * 2**20
@@ -169,11 +169,11 @@ def _tokenizers(recipe: Recipe) -> str:
 def _one_sample(recipe: Recipe) -> str:
     """Open the data and read their first sample: the same one everywhere, so that a damaged shard is no node's fault."""
     data = open_data(recipe.data)
-    for dataset in data.parts if isinstance(data, Blend) else (data,):
+    for dataset in parts_of(data):
         dataset.sample(0)
     text = f"data with manifest {data.manifest_hash[:12]}"
     if recipe.evaluation.every_steps:
-        held_out, _ = open_held_out(recipe)
+        held_out, _ = open_held_out(recipe, data)
         held_out.sample(0)
         text += f", held out {held_out.manifest_hash[:12]}"
     return text
@@ -181,9 +181,9 @@ def _one_sample(recipe: Recipe) -> str:
 
 def _shards(recipe: Recipe) -> Iterator[Row]:
     data = open_data(recipe.data)
-    fits = dict(spec=sequence_spec(recipe), image_tokenizer_hash=ImageTokenizer.load(recipe.tokens.image_model).hash)
-    data.check(**fits)
-    parts, counts = (data.parts, data.counts) if isinstance(data, Blend) else ((data,), (1,))
+    fit = data_fit(recipe, ImageTokenizer.load(recipe.tokens.image_model))
+    data.check(**fit)
+    parts, counts = parts_of(data), data.counts if isinstance(data, Blend) else (1,)
     for dataset, count in zip(parts, counts):
         _open_every_shard(dataset)
         epochs = recipe.schedule.steps * recipe.batch.global_size * count / sum(counts) / dataset.num_samples
@@ -194,8 +194,8 @@ def _shards(recipe: Recipe) -> Iterator[Row]:
             f"{where}{len(dataset.manifest.shards)} shards, {dataset.num_samples:,} samples, read {epochs:.1f} times",
         )
     if recipe.evaluation.every_steps:
-        held_out, pairs = open_held_out(recipe)
-        held_out.check(**fits)
+        held_out, pairs = open_held_out(recipe, data)
+        held_out.check(**fit)
         _open_every_shard(held_out)
         yield Row("held out", "ok", f"{len(held_out.manifest.shards)} shards, {pairs:,} of {held_out.num_samples:,} samples")
 

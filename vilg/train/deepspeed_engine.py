@@ -1,4 +1,4 @@
-"""DeepSpeed behind the engine's four calls. Nothing else of vilg imports DeepSpeed for training.
+"""DeepSpeed behind the engine's five calls. Nothing else of vilg imports DeepSpeed for training.
 
 The traps this file steps around are DeepSpeed 0.19's: a JIT build at start, optimizers that compile, pickles without
 `weights_only`, prints, and scripts copied beside checkpoints.

@@ -1,4 +1,4 @@
-"""The engine: a model and its optimizer behind four calls. Two forms, chosen by `parallel.engine`.
+"""The engine: a model and its optimizer behind five calls. Two forms, chosen by `parallel.engine`.
 
 `torch` is one process of plain PyTorch: the reference whose numbers the DeepSpeed form must reproduce.
 """

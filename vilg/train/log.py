@@ -72,14 +72,14 @@ class RunLog:
         if self.rank == 0:
             self.pending.append((plan, result, {}))
 
-    def add(self, figures: Mapping[str, float]) -> None:
-        """Further figures of the step that was kept last."""
+    def add(self, figures: Mapping[str, float | None]) -> None:
+        """Further figures of the step that was kept last; None for one that is not finite."""
         if self.pending:
-            self.pending[-1][2].update({key: _finite(value) for key, value in figures.items()})
+            self.pending[-1][2].update(figures)
 
     def flush(self, window: Window | None = None, *, device_word: str = "gpu", **figures: float) -> None:
         """Write the steps kept; with a window also the console line, from the last step, and the figures beside it."""
-        rows = [_row(plan, result) | figures for plan, result, figures in self.pending]
+        rows = [_row(plan, result) | added for plan, result, added in self.pending]
         self.pending.clear()
         if rows and window:
             rows[-1] |= {k: v for k, v in asdict(window).items() if v is not None} | figures
@@ -143,7 +143,7 @@ def loss_text(row: Mapping[str, float | None], *, prefix: str = "") -> str:
     parts = [(name, row.get(prefix + key)) for name, key in _PARTS]
     parts = " ".join(f"{name} {value:.3f}" for name, value in parts if value is not None)
     total = row[prefix + "loss"]
-    loss = "loss not finite" if total is None or not math.isfinite(total) else f"loss {total:.3f}"
+    loss = "loss not finite" if total is None else f"loss {total:.3f}"
     return f"{loss} ({parts})" if parts else loss
 
 
@@ -177,12 +177,13 @@ def _row(plan: StepPlan, result: StepResult) -> Row:
     keys = ["loss", "text_loss", "image_loss", *(["z_loss"] if plan.z_loss else []), "grad_norm", "lr"]
     if plan.reconstruction:
         keys.append("reconstruction_loss")
-    numbers = {key: _finite(getattr(result, key)) for key in keys}
-    numbers |= {key: _finite(value) for key, value in result.figures.items()}
+    numbers = {key: finite(getattr(result, key)) for key in keys}
+    numbers |= {key: finite(value) for key, value in result.figures.items()}
     return {"step": plan.step, **numbers, "skipped": result.skipped}
 
 
-def _finite(value: object) -> float | None:
+def finite(value: object) -> float | None:
+    """The number, None where it is not finite: JSON has no NaN."""
     number = float(value)
     return number if math.isfinite(number) else None
 

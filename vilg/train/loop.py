@@ -53,7 +53,6 @@ def train(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequenc
     run = open_run(recipe, ranks, device, accept=accept)
     if run is None:
         return
-    replicas = run.grid.world_size // run.grid.data_size  # ranks that read the same data
     with StopSignals() as stop, run.watch.running():
         run.save()  # before the first step: a bad disk or quota shows now
         steps = iter(run.loader)
@@ -65,7 +64,7 @@ def train(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequenc
             stops, saves, *counts = ranks.sum(*asked, *count(batches))
             if stops:
                 break
-            text_targets, image_targets, tokens = (n // replicas for n in counts)
+            text_targets, image_targets, tokens = (n // run.grid.replicas for n in counts)
             targets = dict(text_targets=text_targets, image_targets=image_targets)
             plan = plan_step(recipe, run.step + 1, **targets, loss_limit=run.guards.loss_limit)
             run.watch.before_step(plan, batches)

@@ -6,7 +6,7 @@
 Operations: forward and backward of every sequence, as model/size.py counts them: visible pairs, full text segments. MFU
 is PaLM's (2204.02311, appendix B), so that a run that recomputes less does not look worse; HFU adds what
 `parallel.recompute` does again (2205.05198). The peak is the GPU's for bf16 without sparsity; a CPU has none in the
-table, so neither is given there. Seconds include the wait for data, not checkpoints and sample sheets.
+table, so neither is given there. Seconds include the wait for data, not checkpoints, evaluations and sample sheets.
 """
 
 import resource
@@ -63,7 +63,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around work that is no step (a checkpoint, a sample sheet), so that speed and ETA are those of steps."""
+        """Around work that is no step (a checkpoint, an evaluation, a sample sheet), so that speed and ETA are those of steps."""
         begin = time.perf_counter()
         yield
         self.start += time.perf_counter() - begin

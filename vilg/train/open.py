@@ -17,7 +17,7 @@ from vilg.checkpoint.save import Saver
 from vilg.checkpoint.state import parameter_table, read_state, versions
 from vilg.checkpoint.verify import verify_files
 from vilg.config import Recipe, load_recipe, take_overrides
-from vilg.data.loader import Loader, LoaderState, bad_sample_path, open_data
+from vilg.data.loader import Blend, Loader, LoaderState, TokenDataset, bad_sample_path, open_data
 from vilg.errors import UserError
 from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks, SharedError
@@ -69,6 +69,13 @@ def sequence_spec(recipe: Recipe) -> SequenceSpec:
     return SequenceSpec(tokens.text_slots, tokens.grid, tokens.text_vocab_size, tokens.image_vocab_size)
 
 
+def data_fit(recipe: Recipe, image: ImageTokenizer) -> dict[str, Any]:
+    """What `TokenDataset.check` compares data with. image: of `tokens.image_model`, which made the data; it may learn on in
+    a run, but not before this is called."""
+    side = recipe.tokens.grid[0] * image.factor if recipe.model.reconstructor else None
+    return dict(spec=sequence_spec(recipe), image_tokenizer_hash=image.hash, image_size=side)
+
+
 def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequence[str] = ()) -> Run | None:
     """Start or continue the run of a recipe; None if it is finished. All ranks call it.
 
@@ -79,7 +86,7 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
     grid = Grid.build(tensor=layout.tensor, pipeline=layout.pipeline, sequence_parallel=layout.sequence)
     text = ranks.together(lambda: TextTokenizer.load(recipe.tokens.text_model))
     image = ranks.together(lambda: ImageTokenizer.load(recipe.tokens.image_model))
-    tokenizers = {"text": text.hash, "image": image.hash}
+    tokenizers, fit = {"text": text.hash, "image": image.hash}, data_fit(recipe, image)
     spec = sequence_spec(recipe)
     ranks.on_main(lambda: refuse_stopped(recipe.run_dir))
     lock = RunLock(recipe.run_dir)
@@ -107,19 +114,23 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         note = ranks.together(lambda: load_checkpoint(engine, checkpoint, before, parameters))
         notes += filter(None, [note])
     position = LoaderState.from_dict(before.loader) if before else None
-    # The hash of `tokens.image_model`, which made the data: the tokenizer itself may have learned on in this run.
     end_to_end = recipe.model.reconstructor
     source = dict(
         text_tokenizer=text,
-        spec=spec,
-        image_tokenizer_hash=tokenizers["image"],
-        image_size=recipe.tokens.grid[0] * image.factor if end_to_end else None,
         source_images=end_to_end is not None and end_to_end.joint_quantizer is not None,
+        **fit,
     )
-    loader = ranks.together(lambda: _loader(recipe, grid, position, source, accept=accept))
-    evaluation = Evaluation.read(recipe, grid, ranks, **source) if recipe.evaluation.every_steps else None
-    if evaluation and evaluation.bad:
-        notes.append(f"{evaluation.bad} pairs of {recipe.evaluation.data} are bad; the next ones are evaluated instead")
+    dataset = ranks.together(lambda: open_data(recipe.data))
+    loader = ranks.together(lambda: _loader(recipe, grid, dataset, position, source, accept=accept))
+    evaluation = None
+    if recipe.evaluation.every_steps:
+        quarantine = bad_sample_path(recipe.run_dir, grid.rank, held_out=True)
+        evaluation = Evaluation.read(recipe, grid, ranks, dataset, quarantine=quarantine, **source)
+        if evaluation.bad:
+            notes.append(
+                f"{evaluation.bad} of the {evaluation.pairs} held-out pairs are bad, others stand for them, some twice: "
+                f"{quarantine.parent}"
+            )
     sampler = None
     if recipe.samples.every_steps:
         if engine.layout["zero_stage"] == 3:
@@ -168,9 +179,9 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
 
 
 def _loader(
-    recipe: Recipe, grid: Grid, position: LoaderState | None, source: dict[str, Any], *, accept: Sequence[str]
-) -> Loader:
-    dataset = open_data(recipe.data)
+    recipe: Recipe, grid: Grid, dataset: "TokenDataset | Blend", position: LoaderState | None, source: dict[str, Any],
+    *, accept: Sequence[str],
+) -> Loader:  # fmt: skip
     if position:
         position = replace(position, seed=recipe.seed)  # `open_run_dir` has compared the recipes
         if is_accepted(DATA, accept):

@@ -61,6 +61,8 @@ class PipelineEngine(DeepSpeedEngine):
         self.engine.reset_activation_shape()  # buffers between stages; these micro-batches may be larger than a step's
         self.engine.eval_batch(micro_batches, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
         self.engine.reset_activation_shape()
+        for held in self.engine.pipe_buffers.values():
+            held[:] = [None] * len(held)  # else the last outputs would stay until a step overwrites them
         self.engine.train()
         sums = loss.sums.to(self.device)
         self._add_over_ranks(sums)

@@ -25,8 +25,7 @@ from vilg.train.metrics import Meter
 from vilg.train.requests import Requests
 from vilg.train.rundir import DONE_FILE, SAMPLES, RunLock
 from vilg.train.samples import Sampler
-from vilg.train.sinks import HELD_OUT
-from vilg.train.step import StepPlan, StepResult
+from vilg.train.step import HELD_OUT, StepPlan, StepResult
 from vilg.train.watch import Watch
 
 

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.tokens.files import write_atomically
+from vilg.train.step import HELD_OUT
 
 Row = dict[str, Any]
-HELD_OUT = "val_"  # before the name of a row's loss: of held-out pairs
 # Figures of the last row: key -> (name with its unit, as Prometheus asks for, and what it is).
 _GAUGES = {
     "step": ("vilg_step", "optimizer steps done"),

@@ -46,6 +46,9 @@ class StepPlan:
         return sum(part * scale for part, scale in zip(sums.unbind(), self.scales))
 
 
+HELD_OUT = "val_"  # before the name of a loss of `StepResult`, where figures are kept: it is one of held-out pairs
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What happened, over the global batch. loss is what was minimised; text_loss and image_loss are means in nats per

@@ -46,7 +46,7 @@ def silent_ranks(folder: Path, world_size: int, *, since: float) -> list[int]:
 class Watchdog:
     """A thread that ends the process with EXIT_HANG when `beat` was not called for `timeout` seconds (0: never).
 
-    A context manager. What has another rhythm (a checkpoint, a sample sheet) goes inside `aside`, which may take
+    A context manager. What has another rhythm (a checkpoint, an evaluation, a sample sheet) goes inside `aside`, which may take
     pause_timeout seconds (0: without end). exit and say are for tests and for the run's log. Raises nothing: a watchdog that fails to write still ends the process.
     """
 
