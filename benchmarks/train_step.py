@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                      # as many layers as fit, 50 steps of ours and 15 of each peer
     python benchmarks/train_step.py --layers 12 --profile --json OUT.json
+    python benchmarks/train_step.py --grid 64 64 --micro 1 --json OUT.json     # where sparse layers matter more
     python benchmarks/train_step.py --tiny --device cpu --steps 2 --peer-steps 2
 
 Three contenders, each in a process of its own, in bf16 under ds_configs/zero1.json with the same AdamW, the same number of
@@ -81,7 +82,12 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     cut = [f"model.num_layers={args.layers}", f"batch.micro_size={args.micro}",
            f"batch.global_size={args.micro * args.accumulate}", "parallel.deepspeed=ds_configs/zero1.json",
            f"parallel.recompute={args.recompute}", f"parallel.compile={args.compile}"]  # fmt: skip
-    return load_recipe("launch/recipes/10b.yaml", [*cut, *(TINY if args.tiny else [])], world_size=1)
+    return load_recipe("launch/recipes/10b.yaml", [*cut, *(TINY if args.tiny else []), *grid_of(args)], world_size=1)
+
+
+def grid_of(args: argparse.Namespace) -> list[str]:
+    """The override of `--grid`, if there is one."""
+    return [f"tokens.grid={args.grid}"] if args.grid else []
 
 
 def batch_of(recipe: Recipe) -> SequenceBatch:
@@ -238,13 +244,13 @@ def profile(step: Callable[[], None], device: torch.device) -> dict:
     return {"ms_by_kind": kinds, "longest_ms": {name[:120]: names[name] for name in longest}}
 
 
-def layers_that_fit(device: torch.device, *, micro: int) -> int:
+def layers_that_fit(device: torch.device, args: argparse.Namespace) -> int:
     """Whole layers of 10b.yaml whose state and activations fit, for the hungriest contender; 2 on a CPU."""
     if device.type != "cuda":
         return 2
-    recipe = load_recipe("launch/recipes/10b.yaml")
+    recipe = load_recipe("launch/recipes/10b.yaml", grid_of(args))
     spec, shape = sequence_spec(recipe), recipe.model
-    slots, vocabulary = 2 * micro * spec.num_slots, spec.text_vocab_size + spec.image_vocab_size
+    slots, vocabulary = 2 * args.micro * spec.num_slots, spec.text_vocab_size + spec.image_vocab_size
     fixed = BYTES_A_PARAMETER * 2 * vocabulary * shape.hidden_size + BYTES_A_LOGIT * slots * vocabulary
     layer = BYTES_A_PARAMETER * block_parameters(shape) + BYTES_A_CHANNEL * slots * shape.hidden_size
     free = 0.9 * torch.cuda.get_device_properties(device).total_memory - fixed
@@ -255,6 +261,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=0, help="0: as many as fit")
     parser.add_argument("--micro", type=int, default=4, help="pairs of a micro-batch, two sequences each")
+    parser.add_argument("--grid", nargs=2, type=int, metavar=("H", "W"), help="another grid than the recipe's 32 32")
     parser.add_argument("--accumulate", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=50, help="measured steps of sparse")
     parser.add_argument("--peer-steps", type=int, default=15, help="measured steps of each peer")
@@ -267,13 +274,13 @@ def main() -> int:
     parser.add_argument("--contender", choices=CONTENDERS, help="run one in this process and print it as JSON")
     args = parser.parse_args()
     device = torch.device(args.device)
-    args.layers = args.layers or layers_that_fit(device, micro=args.micro)
+    args.layers = args.layers or layers_that_fit(device, args)
     if args.contender:
         print(json.dumps(measure(args)))
         return 0
     result = {
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(), "versions": versions(),
-        "commit": source_commit(), "layers": args.layers, "pairs": args.micro, "micro_batches": args.accumulate,
+        "commit": source_commit(), "layers": args.layers, "grid": args.grid or [32, 32], "pairs": args.micro, "micro_batches": args.accumulate,
         "recompute": args.recompute, "compile": args.compile, "contenders": {},
     }  # fmt: skip
     path = args.json or (None if args.tiny else RESULT)
