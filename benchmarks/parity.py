@@ -41,6 +41,7 @@ from vilg.checkpoint.state import source_commit, versions  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "parity.json"
 TOLERANCE, STEPS = 1e-5, 20
+CASES_PER_START = 8  # a case makes groups that stay, each with threads of gloo's: after thirty they are in each other's way
 LAYOUTS = [
     Layout(*sizes)
     for sizes in (
@@ -82,10 +83,9 @@ def make_cases(layouts: Sequence[Layout], models: Sequence[str], recompute: Sequ
 
 
 def measure(cases: Sequence[Case], *, steps: int) -> Iterator[list[Row]]:
-    """The rows of one layout after another; its cases share their processes, and fail together if these die."""
+    """The rows of a few cases after another, of one layout; they share their processes, and fail together if these die."""
     wanted = {model: reference(model, steps=steps) for model in dict.fromkeys(case.model for case in cases)}
-    for layout in dict.fromkeys(case.layout for case in cases):
-        same = [case for case in cases if case.layout == layout]
+    for same in together(cases):
         try:
             outcomes = run_cases(same, steps=steps, timeout=3600)
         except AssertionError as error:
@@ -98,6 +98,14 @@ def measure(cases: Sequence[Case], *, steps: int) -> Iterator[list[Row]]:
             except AssertionError as error:
                 rows.append(Row(case, None, str(error)))
         yield rows
+
+
+def together(cases: Sequence[Case]) -> Iterator[list[Case]]:
+    """Cases of one layout, at most `CASES_PER_START` of them."""
+    for layout in dict.fromkeys(case.layout for case in cases):
+        same = [case for case in cases if case.layout == layout]
+        for start in range(0, len(same), CASES_PER_START):
+            yield same[start : start + CASES_PER_START]
 
 
 def line(row: Row) -> str:
