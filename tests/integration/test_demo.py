@@ -86,13 +86,13 @@ def test_the_demo_leaves_a_sheet_a_loss_curve_and_a_report(demo):
 def test_the_demo_prints_each_stage_as_a_command_that_can_be_typed(demo):
     _, output = demo
     commands = [shlex.split(line[2:]) for line in output.splitlines() if line.startswith("$ ")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     assert {command[0] for command in commands} == {"vilg", "torchrun"}
 
 
 def test_a_rerun_of_the_demo_skips_every_stage(demo, workplace):
     again = run("vilg demo --fast --out runs/demo", workplace)
-    assert again.count("done before") == 9
+    assert again.count("done before") == 10
     assert "$ " not in again
 
 
