@@ -25,8 +25,6 @@ def odd_state(
 @each_config
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (4, 1), (2, 4)])
 def test_a_rank_holds_its_part_of_its_stages_parameters(config, spec, tensor, pipeline):
-    if spec.text_vocab_size % tensor or config.num_heads % tensor:
-        pytest.skip("cannot be cut")
     bounds = size.stage_bounds(size.stage_costs(config, spec), pipeline)
     found = stage_parameters(config, spec, tensor=tensor, pipeline=pipeline)
     named = {name: p.shape for name, p in Vilg(config, spec, device="meta").named_parameters()}
