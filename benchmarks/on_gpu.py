@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU_TESTS = "tests/kernels/test_gpu.py tests/unit/test_drawing.py tests/unit/test_serve.py"  # all that has the mark
+GPU_TESTS = "tests/kernels/test_gpu.py tests/kernels/test_head_norm.py tests/unit/test_drawing.py tests/unit/test_serve.py"  # all that has the mark
 TINY_ATTENTION = "--device cpu --grids 8x8 --heads 1 --text-slots 8 --repeats 2"
 
 
@@ -48,6 +48,8 @@ def train_step(name: str, minutes: float, options: str) -> Job:
 
 JOBS = (
     Job("gpu_tests", 4, f"-m pytest -m gpu -q --continue-on-collection-errors {GPU_TESTS}", f"-m pytest -m gpu -q {GPU_TESTS}"),
+    Job("head_norm", 2, "benchmarks/head_norm.py --json {out}/head_norm.json",
+        "benchmarks/head_norm.py --device cpu --batch 1 --heads 2 --repeats 2 --json {out}/head_norm.json"),
     train_step("train_step", 5, "--steps 50 --profile"),
     train_step("train_step_compiled", 4, "--layers 10 --steps 15 --peer-steps 8 --compile"),
     train_step("train_step_64", 4, "--steps 10 --peer-steps 6 --grid 64 64 --micro 1"),

@@ -67,7 +67,7 @@ KINDS = {  # kernel name -> kind, the first that matches
     "attention": r"flash|fmha|cudnn.*sdpa|forward_kernel|(query|key)_gradient_kernel",
     "matrix product": r"gemm|nvjet|xmma|cutlass|cublas|splitk|sgemm",
     "optimizer": r"multi_tensor|adam",
-    "norm": r"layer_?norm|rms_?norm|gamma_?beta",
+    "norm": r"layer_?norm|rms_?norm|gamma_?beta|split_heads",
     "loss": r"softmax|nll_loss|cross_entropy",
     "copies and fills": r"memcpy|memset|copy|fill|cat",
     "sums": r"reduce",

@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, as it would be launched, and report what ptxas made of it.
 
-    python -m kernels.compile_gate [--channels 64,128] [--patterns row,conv] [--dtypes bfloat16] [--json FILE] [--markdown]
+    python -m kernels.compile_gate [--channels 64,128] [--variants row,layernorm] [--dtypes bfloat16] [--json FILE] [--markdown]
 
 Exits with 1 if a kernel spills registers, needs more shared memory than the device has or uses no tensor cores. The
 specialisation (divisibility by 16, arguments equal to 1) is taken from recorded launches of the public ops, so what is
@@ -24,12 +24,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import runtime
 from kernels.attention import triton_op
 from kernels.attention.triton_decode import decode
+from kernels.head_norm.triton_op import split_heads, split_heads_gradient
 from kernels.patterns import PATTERNS, cache_capacity, window
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may use on A100 and H100/H200
 GRID, TEXT_SLOTS, HEADS = (32, 32), 128, 16  # the 10B model's sequence
+NORMS = ("layernorm", "rmsnorm")
+MATMULS = ("forward_kernel", "query_gradient_kernel", "text_key_gradient_kernel", "image_key_gradient_kernel")
 CANDIDATES = 4  # sequences that share a text prefix in decoding
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 
@@ -41,7 +45,7 @@ class Recorded:
     kernel: object
     args: tuple
     constants: dict
-    config: triton_op.LaunchConfig
+    config: runtime.LaunchConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Compiled:
     """What ptxas made of a kernel: registers a thread, spilled bytes (stack), shared memory in bytes, instruction counts."""
 
     kernel: str
-    pattern: str
+    variant: str
     dtype: str
     channels: int
     capability: int
@@ -68,31 +72,40 @@ class Compiled:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > SHARED_LIMIT[self.capability]:
             found.append(f"needs {self.shared} bytes of shared memory of {SHARED_LIMIT[self.capability]}")
-        if not self.tensor_core and self.kernel != "decode_kernel":
+        if not self.tensor_core and self.kernel in MATMULS:
             found.append("uses no tensor cores")
         return found
 
 
-def record(pattern: str, dtype: torch.dtype, channels: int, capability: int) -> list[Recorded]:
-    """The launches of one forward and backward pass on a packed qkv and of one decoding step, nothing run."""
-    view = window(pattern, GRID)
-    packed = torch.empty(1, TEXT_SLOTS + view.num_slots, 3, HEADS, channels, dtype=dtype)
-    q, k, v = packed.permute(2, 0, 3, 1, 4)
-    samples = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
+def record(variant: str, dtype: torch.dtype, channels: int, capability: int) -> list[Recorded]:
+    """The launches of one use of the public ops on a packed qkv, nothing run. `variant`: a pattern of attention (forward,
+    backward, one decoding step) or a kind of norm (`split_heads`, forward and backward)."""
+    packed = torch.empty(1, TEXT_SLOTS + GRID[0] * GRID[1], HEADS, 3, channels, dtype=dtype)
     seen: list[Recorded] = []
-    replaced = triton_op.start_kernel, triton_op.device_capability
-    triton_op.start_kernel = lambda kernel, grid, *call: seen.append(Recorded(kernel, *call))
-    triton_op.device_capability = lambda device: capability
+    replaced = runtime.start_kernel, runtime.device_capability
+    runtime.start_kernel = lambda kernel, grid, *call: seen.append(Recorded(kernel, *call))
+    runtime.device_capability = lambda device: capability
     try:
-        shape = [view.rows, view.cols, view.reach_rows, view.reach_cols]
-        out, lse = triton_op.attention_forward(q, k, v, *samples, shape, channels**-0.5)
-        triton_op.attention_backward(out, q, k, v, out, lse, *samples, shape, channels**-0.5)
-        text, ring = k[:, :, :TEXT_SLOTS], k[:, :, : cache_capacity(pattern, GRID)].repeat(CANDIDATES, 1, 1, 1)
-        new, slot = q[:, :, 0].repeat(CANDIDATES, 1, 1), samples[0].repeat(CANDIDATES)
-        decode(new, text, text, ring, ring, samples[0], slot, shape, channels**-0.5)
+        if variant in NORMS:
+            weights = packed.new_empty(2, channels).unbind()
+            q, k = split_heads(packed, *weights, variant == "layernorm", 1e-5)
+            split_heads_gradient(q, k, q, packed, *weights, variant == "layernorm", 1e-5)
+        else:
+            _attention(variant, *packed.permute(3, 0, 2, 1, 4))
     finally:
-        triton_op.start_kernel, triton_op.device_capability = replaced
+        runtime.start_kernel, runtime.device_capability = replaced
     return seen
+
+
+def _attention(pattern: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    view, scale = window(pattern, GRID), q.shape[-1] ** -0.5
+    shape = [view.rows, view.cols, view.reach_rows, view.reach_cols]
+    samples = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
+    out, lse = triton_op.attention_forward(q, k, v, *samples, shape, scale)
+    triton_op.attention_backward(out, q, k, v, out, lse, *samples, shape, scale)
+    text, ring = k[:, :, :TEXT_SLOTS], k[:, :, : cache_capacity(pattern, GRID)].repeat(CANDIDATES, 1, 1, 1)
+    new, slot = q[:, :, 0].repeat(CANDIDATES, 1, 1), samples[0].repeat(CANDIDATES)
+    decode(new, text, text, ring, ring, samples[0], slot, shape, scale)
 
 
 def _source(launch: Recorded) -> ASTSource:
@@ -102,11 +115,13 @@ def _source(launch: Recorded) -> ASTSource:
     for index, (name, value) in enumerate(zip(names, launch.args)):
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPE_NAMES[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif value == 1:
             signature[name], constants[(index,)] = "constexpr", 1
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (value != 1 and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     for index, name in enumerate(names[len(launch.args) :], len(launch.args)):
         signature[name], constants[(index,)] = "constexpr", launch.constants[name]
@@ -118,7 +133,7 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([str(path), *args], check=True, capture_output=True, text=True).stdout
 
 
-def compile_launch(launch: Recorded, capability: int, pattern: str, dtype: str, channels: int) -> Compiled:
+def compile_launch(launch: Recorded, capability: int, variant: str, dtype: str, channels: int) -> Compiled:
     """Compile for `capability` (80 or 90) and read registers, spills and instructions from the binary."""
     target = GPUTarget("cuda", capability, 32)
     binary = triton.compile(_source(launch), target=target, options=launch.config.options())
@@ -132,7 +147,7 @@ def compile_launch(launch: Recorded, capability: int, pattern: str, dtype: str, 
     spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
     return Compiled(
         kernel=name,
-        pattern=pattern,
+        variant=variant,
         dtype=dtype,
         channels=channels,
         capability=capability,
@@ -146,15 +161,15 @@ def compile_launch(launch: Recorded, capability: int, pattern: str, dtype: str, 
     )
 
 
-def compile_all(patterns, dtypes, channels, capabilities=(80, 90)) -> list[Compiled]:
+def compile_all(variants, dtypes, channels, capabilities=(80, 90)) -> list[Compiled]:
     """Every kernel of every combination; `dtypes` are names of torch dtypes, `channels` widths of a head."""
     return [
-        compile_launch(launch, capability, pattern, dtype, width)
+        compile_launch(launch, capability, variant, dtype, width)
         for dtype in dtypes
         for width in channels
-        for pattern in patterns
+        for variant in variants
         for capability in capabilities
-        for launch in record(pattern, getattr(torch, dtype), width, capability)
+        for launch in record(variant, getattr(torch, dtype), width, capability)
     ]
 
 
@@ -164,11 +179,11 @@ def _range(values: list[int]) -> str:
 
 
 def markdown(rows: list[Compiled]) -> str:
-    """The register table of the README: a line for kernels that differ in their pattern only, with the figures' ranges."""
+    """The register table of the README: a line for kernels that differ in their variant only, with the figures' ranges."""
     groups: dict[tuple, list[Compiled]] = {}
     for r in rows:
         groups.setdefault((r.kernel, r.dtype, r.channels, r.capability, r.triton), []).append(r)
-    head = "| kernel | type | D | sm | Triton | patterns | warps | registers | spilled | shared, bytes | tensor-core instr. |"
+    head = "| kernel | type | D | sm | Triton | variants | warps | registers | spilled | shared, bytes | tensor-core instr. |"
     lines = [head, "|" + "---|" * 11]
     for key in sorted(groups):
         group = groups[key]
@@ -181,7 +196,7 @@ def markdown(rows: list[Compiled]) -> str:
 def main() -> int:
     """The command line; the exit status is 1 if a kernel has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patterns", default=",".join(PATTERNS))
+    parser.add_argument("--variants", default=",".join((*PATTERNS, *NORMS)), help="patterns of attention, kinds of norm")
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--channels", default="32,64,80,128")
     parser.add_argument("--capabilities", default="80,90")
@@ -189,14 +204,14 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
     args = parser.parse_args()
     channels, capabilities = ([int(n) for n in x.split(",")] for x in (args.channels, args.capabilities))
-    rows = compile_all(args.patterns.split(","), args.dtypes.split(","), channels, capabilities)
+    rows = compile_all(args.variants.split(","), args.dtypes.split(","), channels, capabilities)
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     if args.markdown:
         print(markdown(rows))
     bad = [r for r in rows if r.problems()]
     for r in bad:
-        where = f"{r.kernel} {r.pattern} {r.dtype} D={r.channels} sm_{r.capability} Triton {r.triton}"
+        where = f"{r.kernel} {r.variant} {r.dtype} D={r.channels} sm_{r.capability} Triton {r.triton}"
         print(f"{where}: {'; '.join(r.problems())}", file=sys.stderr)
     print(f"{len(rows)} kernels compiled, {len(bad)} with problems")
     return 1 if bad else 0

@@ -5,15 +5,13 @@ Legend: B samples, H heads, T text slots, N = H_img * W_img image slots, S = T +
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from kernels.attention.cpu import CpuPlan, cpu_attention, cpu_plan
 from kernels.patterns import check_grid, window
+from kernels.runtime import warn_once, why_no_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRITON_CHANNELS = (32, 64, 80, 128)
@@ -47,28 +45,12 @@ def can_run_triton(q: torch.Tensor, *, raise_error: bool = False) -> bool:
     elif q.shape[-1] not in TRITON_CHANNELS:
         reason = f"q has {q.shape[-1]} channels a head; the Triton kernels take 32, 64, 80 and 128"
     else:
-        reason = _device_reason(q.device)
+        reason = why_no_triton(q.device)
     if reason and raise_error:
         raise ValueError(reason)
     if reason and q.is_cuda:
-        _warn_once(reason)
+        warn_once("sparse attention", reason)
     return reason is None
-
-
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
-def _device_reason(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; install it with pip install triton"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"{device} has compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 or more"
-    return None
-
-
-@lru_cache(maxsize=64)
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"sparse attention runs in plain torch, slowly: {reason}", stacklevel=3)
 
 
 def attention_plan(
@@ -101,7 +83,7 @@ def attention_plan(
         _check_values(text_slots, text_len, text_prefix, image_is_target)
     samples = (text_len, text_prefix, image_is_target)
     torch_plan = None
-    if not text_len.is_cuda or dtype == torch.float64 or _device_reason(text_len.device):
+    if not text_len.is_cuda or dtype == torch.float64 or why_no_triton(text_len.device):
         torch_plan = cpu_plan(pattern, grid, text_slots, *samples, conv_size=conv_size, dtype=_compute_dtype(dtype))
     return AttentionPlan(pattern, grid, conv_size, text_slots, *samples, torch_plan)
 

@@ -8,6 +8,8 @@ indices are divided by constants.
 import triton
 import triton.language as tl
 
+from kernels.triton_rounding import narrow
+
 
 @triton.jit
 def sample_info(TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET, sample, text_slots):
@@ -133,15 +135,6 @@ def load_rows(BASE, slot, row_stride, exists, D: tl.constexpr, BLOCK_D: tl.const
     else:
         rows = tl.load(pointers, mask=exists[:, None] & (channel < D)[None, :], other=0.0)
     return rows
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr, WIDEN: tl.constexpr):
-    """x rounded to DTYPE. WIDEN: to bf16 in Triton's interpreter, which cuts digits off where a GPU rounds to the nearest."""
-    if WIDEN and DTYPE == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import runtime
 from kernels.attention import triton_op
 from kernels.attention.triton_common import joined
+from kernels.runtime import LaunchConfig
 
 CANDIDATES = 4  # a program, half as many in fp32; more would spill registers or need 16 for a matmul
 
@@ -130,9 +132,9 @@ def decode(
     )  # fmt: skip
     launch_grid = (samples * heads, triton.cdiv(group, candidates))
     # fp32 spills with four warps, and wide heads where ptxas takes all it likes for the addresses
-    config = triton_op.LaunchConfig(8, 2, registers=128) if q.element_size() == 4 else triton_op.LaunchConfig(4, 2)
+    config = LaunchConfig(8, 2, registers=128) if q.element_size() == 4 else LaunchConfig(4, 2)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        triton_op.start_kernel(decode_kernel, launch_grid, args, constants, config)
+        runtime.start_kernel(decode_kernel, launch_grid, args, constants, config)
     return out
 
 

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_common import (
-    box_chunk, dot, image_box, image_tile, load_rows, narrow, sample_info, store_rows,
+    box_chunk, dot, image_box, image_tile, load_rows, sample_info, store_rows,
 )  # fmt: skip
+from kernels.triton_rounding import narrow
 
 
 @triton.jit

@@ -7,38 +7,23 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import runtime
 from kernels.attention.tiles import BLOCK, choose_tile
 from kernels.attention.triton_forward import forward_kernel
 from kernels.attention.triton_key_gradient import image_key_gradient_kernel, text_key_gradient_kernel
 from kernels.attention.triton_query_gradient import query_gradient_kernel
 from kernels.patterns import Window
+from kernels.runtime import LaunchConfig
+from kernels.triton_rounding import INTERPRETED
 
 LOG2_E = 1.0 / math.log(2.0)
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 when the kernels were imported
 CHUNK_SLOTS = 1024  # image queries one program adds up for a tile of text keys
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """`chunk`: keys (or, in the key gradient, queries) of one step of the loop. `registers`: a limit for ptxas, which
-    lets more programs share a multiprocessor; None leaves it to ptxas."""
-
-    num_warps: int
-    num_stages: int
-    chunk: int = BLOCK
-    registers: int | None = None
-
-    def options(self) -> dict:
-        """As Triton's launch and its ahead-of-time compiler take them."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 KEY_GRADIENTS = ("text_key_gradient", "image_key_gradient")
@@ -123,14 +108,6 @@ def _statistics(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def device_capability(device: torch.device) -> int:
-    """80, 90, ...; 90 for the CPU, where the interpreter runs: the kernels in their fullest form."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 class _Launch:
     """What the launches of one call have in common."""
 
@@ -147,7 +124,7 @@ class _Launch:
         if max(x.stride(2) for x in tensors) * q.shape[2] >= 2**31:
             raise ValueError(f"a head's {q.shape[2]} slots span 2**31 elements or more; pass smaller strides")
         self.constants = kernel_constants(q.shape[-1], scale, self.view, q.dtype)
-        self.capability = device_capability(q.device)
+        self.capability = runtime.device_capability(q.device)
         roomy = has_room(q.shape[-1], self.itemsize, self.capability)
         self.closed = roomy and tile.closed(self.view)
         self.constants["SPLIT"] = roomy
@@ -158,17 +135,12 @@ class _Launch:
         config = launch_config(name, self.constants["BLOCK_D"], self.itemsize, self.capability)
         constants.update(self.constants, BLOCK_N=config.chunk, M=self.tile_slots, IMAGE_SLOTS=self.view.num_slots)
         with self.device:
-            start_kernel(kernel, (self.programs, tiles), args, _own(kernel, constants), config)
+            runtime.start_kernel(kernel, (self.programs, tiles), args, _own(kernel, constants), config)
 
 
 def _own(kernel, constants: dict) -> dict:
     """Those of `constants` that the kernel takes."""
     return {name: constants[name] for name in kernel.arg_names if name in constants}
-
-
-def start_kernel(kernel, grid: tuple[int, ...], args, constants: dict, config: LaunchConfig) -> None:
-    """The one place that launches; the compile gate records here what would be launched."""
-    kernel[grid](*args, **constants, **config.options())
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_common import (
-    box_chunk, dot, image_box, image_tile, joined, load_rows, narrow, sample_info, store_rows,
+    box_chunk, dot, image_box, image_tile, joined, load_rows, sample_info, store_rows,
 )  # fmt: skip
 from kernels.attention.triton_key_gradient import add_key_gradients
+from kernels.triton_rounding import narrow
 
 
 @triton.jit

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import PATTERNS, can_run_triton, decode_attention, patterns, sparse_attention
-from kernels.attention import op
+from kernels import PATTERNS, can_run_triton, decode_attention, patterns, runtime, sparse_attention
 from kernels.attention.decode import torch_decode
 from tests.kernels.cases import assert_matches_reference, output_and_gradients, qkv, sample_tensors, samples
 
@@ -89,10 +88,10 @@ def cuda_like(dtype=torch.bfloat16, channels=64):
 ])  # fmt: skip
 def test_why_triton_cannot_run_is_said_and_said_once(q, reason, monkeypatch, recwarn):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    op._device_reason.cache_clear()
-    op._warn_once.cache_clear()
+    runtime.why_no_triton.cache_clear()
+    runtime.warn_once.cache_clear()
     with pytest.raises(ValueError, match=reason):
         can_run_triton(q, raise_error=True)
     assert not can_run_triton(q) and not can_run_triton(q)
     assert len([w for w in recwarn if reason in str(w.message)]) == (1 if q.is_cuda else 0)
-    op._device_reason.cache_clear()
+    runtime.why_no_triton.cache_clear()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from kernels import AttentionPlan, attention_plan, sparse_attention
+from kernels import AttentionPlan, attention_plan, sparse_attention, split_heads
 from vilg.config.schema import ModelConfig
 from vilg.parallel.grid import Grid
 from vilg.parallel.layers import ColumnParallelLinear, Norm, RowParallelLinear
@@ -77,9 +77,11 @@ class Attention(nn.Module):
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, C] -> queries, keys, values [B, H, S, D] of this rank's heads."""
         qkv = self.qkv(self.norm(hidden)).unflatten(-1, (-1, 3, self.head_dim))  # [B, S, H, 3, D]
-        # Unbound before it is transposed, so that the backward stacks the three gradients in one copy.
-        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(3))
-        return (q, k, v) if self.q_norm is None else (self.q_norm(q), self.k_norm(k), v)
+        if self.q_norm is None:
+            # Unbound before it is transposed, so that the backward stacks the three gradients in one copy.
+            return tuple(x.transpose(1, 2) for x in qkv.unbind(3))
+        norms = (self.q_norm.factor(), self.k_norm.factor())
+        return split_heads(qkv, *norms, kind=self.q_norm.kind, eps=self.q_norm.eps)
 
     def forward(self, hidden: Tensor, attend: Attend) -> Tensor:
         mixed = attend(*self.project(hidden), self.pattern)

@@ -111,8 +111,12 @@ class Norm(nn.Module):
         self.weight = blank((channels,), device, dtype)
         self.bias = blank((channels,), device, dtype) if bias and kind == "layernorm" else None
 
+    def factor(self) -> Tensor:
+        """The weight [C] as a computation uses it."""
+        return shared(self.weight, self.group, self.partial)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = shared(self.weight, self.group, self.partial)
+        weight = self.factor()
         if self.kind == "rmsnorm":
             return F.rms_norm(x, weight.shape, weight, self.eps)
         bias = None if self.bias is None else shared(self.bias, self.group, self.partial)

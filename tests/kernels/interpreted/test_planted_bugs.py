@@ -1,14 +1,12 @@
 """Bugs planted into copies of the kernels' source: the comparison with the reference must notice every one."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from kernels.attention import triton_forward, triton_key_gradient, triton_op, triton_query_gradient
 from tests.kernels.cases import assert_matches_reference, qkv, sample_tensors
 from tests.kernels.interpreted.kernel_calls import run
+from tests.kernels.interpreted.planted import plant
 
 BUGS = {
     "image causality off by one": (triton_forward, "(key[None, :] <= last[:, None])", "(key[None, :] < last[:, None])"),
@@ -40,14 +38,7 @@ def compare() -> None:
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug, tmp_path, monkeypatch):
-    module, right, wrong = BUGS[bug]
-    source = Path(module.__file__).read_text()
-    assert source.count(right) == 1, "the line to break has changed"
-    path = tmp_path / "broken.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("broken", path)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
+    broken = plant(*BUGS[bug], tmp_path)
     for name in ("forward_kernel", "query_gradient_kernel", "text_key_gradient_kernel", "image_key_gradient_kernel"):
         if hasattr(broken, name):
             monkeypatch.setattr(triton_op, name, getattr(broken, name))

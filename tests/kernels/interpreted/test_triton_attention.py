@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import PATTERNS
+from kernels import PATTERNS, runtime
 from kernels.attention import triton_op
 from kernels.attention.reference import reference_attention
 from kernels.patterns import dense_mask, window
@@ -91,7 +91,7 @@ def test_text_gradients_summed_over_chunks_match_reference(monkeypatch):
 @pytest.mark.parametrize("pattern", ["row", "conv"])
 def test_wide_heads_on_ampere_match_reference(pattern, monkeypatch):
     """There neither closed tiles nor split ranges fit the registers: the kernels take their other form."""
-    monkeypatch.setattr(triton_op, "device_capability", lambda device: 80)
+    monkeypatch.setattr(runtime, "device_capability", lambda device: 80)
     inputs, tensors = batch_for("mixed", (7, 8), 70, channels=80)
     assert_matches_reference(run, inputs, torch.float64, 1e-12, grid=(7, 8), pattern=pattern, conv_size=5, **tensors)
 
