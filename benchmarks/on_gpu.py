@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GPU_TESTS = "tests/kernels/test_gpu.py tests/kernels/test_head_norm.py tests/unit/test_drawing.py tests/unit/test_serve.py"  # all that has the mark
+GPU_TESTS = (  # all that has the mark
+    "tests/kernels/test_gpu.py tests/kernels/test_head_norm.py tests/unit/test_drawing.py tests/unit/test_serve.py"
+)
 TINY_ATTENTION = "--device cpu --grids 8x8 --heads 1 --text-slots 8 --repeats 2"
 
 

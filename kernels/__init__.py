@@ -1,4 +1,4 @@
-"""Triton kernels: sparse attention over text and image tokens (one definition of the patterns, CPU path, Triton kernels, decoding), and the
+"""Sparse attention over text and image tokens (one definition of the patterns, CPU path, Triton kernels, decoding), and the
 norm of queries and keys before it."""
 
 from kernels.attention.decode import decode_attention

@@ -1,6 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, as it would be launched, and report what ptxas made of it.
 
-    python -m kernels.compile_gate [--channels 64,128] [--variants row,layernorm] [--dtypes bfloat16] [--json FILE] [--markdown]
+    python -m kernels.compile_gate [--channels 64,128] [--variants row,layernorm] [--dtypes bfloat16] [--grids 32x32,13x32]
+                                   [--json FILE] [--markdown]
 
 Exits with 1 if a kernel spills registers, needs more shared memory than the device has or uses no tensor cores. The
 specialisation (divisibility by 16, arguments equal to 1) is taken from recorded launches of the public ops, so what is
@@ -31,7 +32,7 @@ from kernels.head_norm.triton_op import split_heads, split_heads_gradient
 from kernels.patterns import PATTERNS, cache_capacity, window
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may use on A100 and H100/H200
-GRID, TEXT_SLOTS, HEADS = (32, 32), 128, 16  # the 10B model's sequence
+TEXT_SLOTS, HEADS = 128, 16  # the 10B model's, with a grid of 32 x 32
 NORMS = ("layernorm", "rmsnorm")
 MATMULS = ("forward_kernel", "query_gradient_kernel", "text_key_gradient_kernel", "image_key_gradient_kernel")
 CANDIDATES = 4  # sequences that share a text prefix in decoding
@@ -54,6 +55,7 @@ class Compiled:
 
     kernel: str
     variant: str
+    grid: str
     dtype: str
     channels: int
     capability: int
@@ -77,13 +79,15 @@ class Compiled:
         return found
 
 
-def record(variant: str, dtype: torch.dtype, channels: int, capability: int) -> list[Recorded]:
+def record(
+    variant: str, dtype: torch.dtype, channels: int, capability: int, grid: tuple[int, int] = (32, 32)
+) -> list[Recorded]:
     """The launches of one use of the public ops on a packed qkv, nothing run. `variant`: a pattern of attention (forward,
     backward, one decoding step) or a kind of norm (`split_heads`, forward and backward)."""
-    packed = torch.empty(1, TEXT_SLOTS + GRID[0] * GRID[1], HEADS, 3, channels, dtype=dtype)
+    packed = torch.empty(1, TEXT_SLOTS + grid[0] * grid[1], HEADS, 3, channels, dtype=dtype)
     seen: list[Recorded] = []
     replaced = runtime.start_kernel, runtime.device_capability
-    runtime.start_kernel = lambda kernel, grid, *call: seen.append(Recorded(kernel, *call))
+    runtime.start_kernel = lambda kernel, programs, *call: seen.append(Recorded(kernel, *call))
     runtime.device_capability = lambda device: capability
     try:
         if variant in NORMS:
@@ -91,19 +95,19 @@ def record(variant: str, dtype: torch.dtype, channels: int, capability: int) -> 
             q, k = split_heads(packed, *weights, variant == "layernorm", 1e-5)
             split_heads_gradient(q, k, q, packed, *weights, variant == "layernorm", 1e-5)
         else:
-            _attention(variant, *packed.permute(3, 0, 2, 1, 4))
+            _attention(variant, grid, *packed.permute(3, 0, 2, 1, 4))
     finally:
         runtime.start_kernel, runtime.device_capability = replaced
     return seen
 
 
-def _attention(pattern: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    view, scale = window(pattern, GRID), q.shape[-1] ** -0.5
+def _attention(pattern: str, grid: tuple[int, int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    view, scale = window(pattern, grid), q.shape[-1] ** -0.5
     shape = [view.rows, view.cols, view.reach_rows, view.reach_cols]
     samples = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
     out, lse = triton_op.attention_forward(q, k, v, *samples, shape, scale)
     triton_op.attention_backward(out, q, k, v, out, lse, *samples, shape, scale)
-    text, ring = k[:, :, :TEXT_SLOTS], k[:, :, : cache_capacity(pattern, GRID)].repeat(CANDIDATES, 1, 1, 1)
+    text, ring = k[:, :, :TEXT_SLOTS], k[:, :, : cache_capacity(pattern, grid)].repeat(CANDIDATES, 1, 1, 1)
     new, slot = q[:, :, 0].repeat(CANDIDATES, 1, 1), samples[0].repeat(CANDIDATES)
     decode(new, text, text, ring, ring, samples[0], slot, shape, scale)
 
@@ -133,7 +137,9 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([str(path), *args], check=True, capture_output=True, text=True).stdout
 
 
-def compile_launch(launch: Recorded, capability: int, variant: str, dtype: str, channels: int) -> Compiled:
+def compile_launch(
+    launch: Recorded, capability: int, variant: str, dtype: str, channels: int, grid: tuple[int, int]
+) -> Compiled:
     """Compile for `capability` (80 or 90) and read registers, spills and instructions from the binary."""
     target = GPUTarget("cuda", capability, 32)
     binary = triton.compile(_source(launch), target=target, options=launch.config.options())
@@ -148,6 +154,7 @@ def compile_launch(launch: Recorded, capability: int, variant: str, dtype: str, 
     return Compiled(
         kernel=name,
         variant=variant,
+        grid=f"{grid[0]}x{grid[1]}",
         dtype=dtype,
         channels=channels,
         capability=capability,
@@ -161,15 +168,16 @@ def compile_launch(launch: Recorded, capability: int, variant: str, dtype: str, 
     )
 
 
-def compile_all(variants, dtypes, channels, capabilities=(80, 90)) -> list[Compiled]:
+def compile_all(variants, dtypes, channels, capabilities=(80, 90), grids=((32, 32),)) -> list[Compiled]:
     """Every kernel of every combination; `dtypes` are names of torch dtypes, `channels` widths of a head."""
     return [
-        compile_launch(launch, capability, variant, dtype, width)
+        compile_launch(launch, capability, variant, dtype, width, grid)
         for dtype in dtypes
         for width in channels
         for variant in variants
         for capability in capabilities
-        for launch in record(variant, getattr(torch, dtype), width, capability)
+        for grid in (grids[:1] if variant in NORMS else grids)
+        for launch in record(variant, getattr(torch, dtype), width, capability, grid)
     ]
 
 
@@ -179,16 +187,16 @@ def _range(values: list[int]) -> str:
 
 
 def markdown(rows: list[Compiled]) -> str:
-    """The register table of the README: a line for kernels that differ in their variant only, with the figures' ranges."""
+    """The register table of the README: a line for kernels of a grid that differ in their variant only, with ranges."""
     groups: dict[tuple, list[Compiled]] = {}
     for r in rows:
-        groups.setdefault((r.kernel, r.dtype, r.channels, r.capability, r.triton), []).append(r)
+        groups.setdefault((r.kernel, r.dtype, r.channels, r.capability, r.triton, r.grid), []).append(r)
     head = "| kernel | type | D | sm | Triton | variants | warps | registers | spilled | shared, bytes | tensor-core instr. |"
     lines = [head, "|" + "---|" * 11]
     for key in sorted(groups):
         group = groups[key]
         columns = ("warps", "registers", "spilled", "shared", "tensor_core")
-        cells = (*key, len(group), *(_range([getattr(r, column) for r in group]) for column in columns))
+        cells = (*key[:-1], len(group), *(_range([getattr(r, column) for r in group]) for column in columns))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -200,18 +208,20 @@ def main() -> int:
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--channels", default="32,64,80,128")
     parser.add_argument("--capabilities", default="80,90")
+    parser.add_argument("--grids", default="32x32", help="of attention")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--markdown", action="store_true", help="print the README's table")
     args = parser.parse_args()
     channels, capabilities = ([int(n) for n in x.split(",")] for x in (args.channels, args.capabilities))
-    rows = compile_all(args.variants.split(","), args.dtypes.split(","), channels, capabilities)
+    grids = [tuple(int(n) for n in grid.split("x")) for grid in args.grids.split(",")]
+    rows = compile_all(args.variants.split(","), args.dtypes.split(","), channels, capabilities, grids)
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
     if args.markdown:
         print(markdown(rows))
     bad = [r for r in rows if r.problems()]
     for r in bad:
-        where = f"{r.kernel} {r.variant} {r.dtype} D={r.channels} sm_{r.capability} Triton {r.triton}"
+        where = f"{r.kernel} {r.variant} {r.grid} {r.dtype} D={r.channels} tile {r.tile} sm_{r.capability} Triton {r.triton}"
         print(f"{where}: {'; '.join(r.problems())}", file=sys.stderr)
     print(f"{len(rows)} kernels compiled, {len(bad)} with problems")
     return 1 if bad else 0

@@ -103,19 +103,67 @@ def joined(
 
 
 @triton.jit
-def box_chunk(
-    start, count, row, col, row_start, col_start, width, text_slots, BLOCK_N: tl.constexpr,
+def box_mask(
+    index, count, row, col, causal, row_start, col_start, width,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Slots number `start` to `start` + N of a box of `count`: slot of the whole sequence [N], is it of the box [N], is it
-    joined with each slot (row, col) of a tile [M, N]."""
+    """[M, N]: is slot number `index` [N] of a box of `count` slots seen by the slots (row, col) [M] of its tile, or, if
+    TRANSPOSED, does it see them?
+
+    Where a slot's share of the box is a run of numbers, or every TILE_COLS-th of a run, its bounds do: two numbers per
+    slot of the tile instead of coordinates per slot of the box, of which a thread would hold sixteen.
+    """
+    if TRANSPOSED:  # the causal side is the later one
+        back_rows = tl.where(causal, 0, REACH_ROWS)
+        back_cols = tl.where(causal, 0, REACH_COLS)
+        ahead_rows, ahead_cols = REACH_ROWS, REACH_COLS
+    else:
+        back_rows, back_cols = REACH_ROWS, REACH_COLS
+        ahead_rows = tl.where(causal, 0, REACH_ROWS)
+        ahead_cols = tl.where(causal, 0, REACH_COLS)
+    if REACH_ROWS == 0:
+        begin = (row - row_start) * width - col_start
+        first = begin + tl.maximum(col - back_cols, 0)
+        last = begin + tl.minimum(col + ahead_cols, COLS - 1)
+        seen = (index[None, :] >= first[:, None]) & (index[None, :] <= last[:, None])
+    elif REACH_COLS == 0 and COLS % TILE_COLS == 0:
+        first = (tl.maximum(row - back_rows, 0) - row_start) * TILE_COLS
+        last = (tl.minimum(row + ahead_rows, ROWS - 1) - row_start) * TILE_COLS + (TILE_COLS - 1)
+        seen = (index[None, :] >= first[:, None]) & (index[None, :] <= last[:, None])
+        if TILE_COLS > 1:
+            seen = seen & ((index % TILE_COLS)[None, :] == (col - col_start)[:, None])
+    else:
+        box_row, box_col = box_slots(
+            index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
+        )
+        near = joined(row[:, None], col[:, None], box_row[None, :], box_col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS)
+        place, box_place = row * COLS + col, box_row * COLS + box_col
+        if TRANSPOSED:
+            allowed = box_place[None, :] >= tl.where(causal, place, 0)[:, None]
+        else:
+            allowed = box_place[None, :] <= tl.where(causal, place, ROWS * COLS)[:, None]
+        seen = near & allowed & (index < count)[None, :]
+    return seen
+
+
+@triton.jit
+def box_chunk(
+    start, count, row, col, causal, row_start, col_start, width, text_slots, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Slots number `start` to `start` + N of a box of `count`: slot of the whole sequence [N], is it of the box [N], and
+    `box_mask` [M, N]."""
     index = start + tl.arange(0, BLOCK_N)
     box_row, box_col = box_slots(
         index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
     )
-    near = joined(row[:, None], col[:, None], box_row[None, :], box_col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS)
-    return text_slots + box_row * COLS + box_col, index < count, near
+    seen = box_mask(
+        index, count, row, col, causal, row_start, col_start, width,
+        ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, TRANSPOSED,
+    )  # fmt: skip
+    return text_slots + box_row * COLS + box_col, index < count, seen
 
 
 @triton.jit

@@ -90,8 +90,6 @@ def forward_kernel(
     Q += sample * q_b + head * q_h
     K += sample * k_b + head * k_h
     V += sample * v_b + head * v_h
-    OUT += sample * o_b + head * o_h
-    LSE += (sample * heads + head) * slots
     acc = tl.zeros([M, BLOCK_D], ACC)
     running_max = tl.full([M], float("-inf"), ACC)
     running_sum = tl.zeros([M], ACC)
@@ -128,13 +126,11 @@ def forward_kernel(
         row_start, col_start, width, count = image_box(
             first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False
         )
-        last = tl.where(causal, slot, slots)  # the last slot each query may see
         for start in range(0, count, BLOCK_N):
-            key, inside, near = box_chunk(
-                start, count, row, col, row_start, col_start, width, text_slots, BLOCK_N,
-                ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS,
+            key, inside, seen = box_chunk(
+                start, count, row, col, causal, row_start, col_start, width, text_slots, BLOCK_N,
+                ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False,
             )  # fmt: skip
-            seen = near & inside[None, :] & (key[None, :] <= last[:, None])
             acc, running_max, running_sum = attend(
                 acc, running_max, running_sum, q, K, V, k_s, v_s, key, inside, seen,
                 QK_SCALE, D, BLOCK_D, ACC, WIDEN,
@@ -142,6 +138,6 @@ def forward_kernel(
 
     empty = (running_sum == 0) | (valid == 0)
     out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, running_sum)[:, None])
-    store_rows(OUT, slot, o_s, exists, out, D, BLOCK_D, WIDEN)
+    store_rows(OUT + sample * o_b + head * o_h, slot, o_s, exists, out, D, BLOCK_D, WIDEN)
     lse = tl.where(empty, float("inf"), running_max + tl.log2(tl.where(empty, 1.0, running_sum)))
-    tl.store(LSE + slot, lse, mask=exists)
+    tl.store(LSE + (sample * heads + head) * slots + slot, lse, mask=exists)

@@ -136,13 +136,11 @@ def image_key_gradient_kernel(
     row_start, col_start, width, count = image_box(
         first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, True
     )
-    earliest = tl.where(causal, slot, 0)  # the first slot that may read each key
     for start in range(0, count, BLOCK_N):
-        query, inside, near = box_chunk(
-            start, count, row, col, row_start, col_start, width, text_slots, BLOCK_N,
-            ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS,
+        query, inside, seen = box_chunk(
+            start, count, row, col, causal, row_start, col_start, width, text_slots, BLOCK_N,
+            ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, True,
         )  # fmt: skip
-        seen = near & (query[None, :] >= earliest[:, None])
         dk, dv = add_queries(
             dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, inside, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN
         )

@@ -14,64 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import runtime
-from kernels.attention.tiles import BLOCK, choose_tile
+from kernels.attention.tiles import choose_tile
 from kernels.attention.triton_forward import forward_kernel
 from kernels.attention.triton_key_gradient import image_key_gradient_kernel, text_key_gradient_kernel
 from kernels.attention.triton_query_gradient import query_gradient_kernel
+from kernels.attention.triton_settings import has_room, launch_config, tile_size
 from kernels.patterns import Window
-from kernels.runtime import LaunchConfig
 from kernels.triton_rounding import INTERPRETED
 
 LOG2_E = 1.0 / math.log(2.0)
 CHUNK_SLOTS = 1024  # image queries one program adds up for a tile of text keys
-
-
-KEY_GRADIENTS = ("text_key_gradient", "image_key_gradient")
-HOPPER = {  # 16 bits, 64 channels: the fastest of those tried on an H200 (README)
-    "forward": LaunchConfig(4, 3, BLOCK, 128),
-    "query_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
-    "closed_gradient": LaunchConfig(4, 2, BLOCK // 2, 168),
-    "text_key_gradient": LaunchConfig(4, 3, BLOCK // 2, 136),  # timed with 128, which spills under Triton 3.6.0
-    "image_key_gradient": LaunchConfig(4, 2, BLOCK // 2),
-}
-
-
-def launch_config(kernel: str, block_d: int, itemsize: int, capability: int) -> LaunchConfig:
-    """Warps, pipeline stages and register limit of `forward`, `query_gradient`, `closed_gradient` (a query gradient that
-    also gives dK and dV), `text_key_gradient` and `image_key_gradient`; the compile gate checks that none spills.
-
-    `capability`: 80 (also for later devices below 90) or 90. Four warps run a 64 x 64 tile as one warp group of
-    Hopper's; the gradients of Ampere spill registers with four.
-    """
-    if itemsize == 4:
-        return LaunchConfig(8, 1, BLOCK // 4)
-    if capability >= 90 and block_d == 64:
-        return HOPPER[kernel]
-    # kernels with two more accumulators, and narrow heads, to which ptxas grants few registers, spill in steps of 64
-    chunk = BLOCK // 2 if kernel in (*KEY_GRADIENTS, "closed_gradient") or block_d <= 32 else BLOCK
-    if kernel == "query_gradient" and block_d <= 32 and capability < 90:
-        return LaunchConfig(8, 1, chunk)
-    if block_d >= 128 or (kernel != "forward" and capability < 90):
-        return LaunchConfig(8, 2, chunk)
-    return LaunchConfig(4, 2, chunk)
-
-
-def has_room(channels: int, itemsize: int, capability: int) -> bool:
-    """Are there registers for closed tiles and for the split of a range into whole chunks and a rest?"""
-    if itemsize == 4:
-        return channels <= 32
-    return capability >= 90 or channels <= 64
-
-
-def tile_size(dtype: torch.dtype, channels: int) -> int:
-    """Slots of a tile. fp32 operands are split into TF32 parts held in registers: they spill in tiles of 64, and wide
-    heads in tiles of 32.
-
-    fp64 runs in the interpreter only and takes the tiles and chunks of bf16: its exact tests cover what trains.
-    """
-    if dtype != torch.float32:
-        return BLOCK
-    return BLOCK // 2 if channels <= 64 else BLOCK // 4
 
 
 def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype) -> dict:
@@ -132,7 +84,7 @@ class _Launch:
         self.device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
     def run(self, name: str, kernel, tiles: int, *args, **constants) -> None:
-        config = launch_config(name, self.constants["BLOCK_D"], self.itemsize, self.capability)
+        config = launch_config(name, self.constants["BLOCK_D"], self.itemsize, self.capability, self.view)
         constants.update(self.constants, BLOCK_N=config.chunk, M=self.tile_slots, IMAGE_SLOTS=self.view.num_slots)
         with self.device:
             runtime.start_kernel(kernel, (self.programs, tiles), args, _own(kernel, constants), config)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_common import (
-    box_chunk, dot, image_box, image_tile, joined, load_rows, sample_info, store_rows,
+    box_chunk, box_mask, dot, image_box, image_tile, load_rows, sample_info, store_rows,
 )  # fmt: skip
 from kernels.attention.triton_key_gradient import add_key_gradients
 from kernels.triton_rounding import narrow
@@ -130,12 +130,14 @@ def query_gradient_kernel(
         acc = add_range(
             acc, q, grad, lse, delta, K, V, k_s, v_s, 0, prefix, SPLIT, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN
         )
-        last = tl.where(causal, slot, slots)  # the last slot each query may see
         if CLOSED:
             k = load_rows(K, slot, k_s, exists, D, BLOCK_D)
             v = load_rows(V, slot, v_s, exists, D, BLOCK_D)
-            seen = joined(row[:, None], col[:, None], row[None, :], col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS)
-            seen = seen & exists[None, :] & (slot[None, :] <= last[:, None])
+            seen = box_mask(
+                tl.arange(0, M), M, row, col, causal, first_row, first_col, TILE_COLS,
+                ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False,
+            )  # fmt: skip
+            seen = seen & exists[None, :]
             p = tl.where(seen, tl.exp2(dot(q, tl.trans(k), ACC, WIDEN) * QK_SCALE - lse[:, None]), 0.0)
             ds = p * (dot(grad, tl.trans(v), ACC, WIDEN) - delta[:, None])
             p, ds = narrow(p, q.dtype, WIDEN), narrow(ds, q.dtype, WIDEN)
@@ -161,11 +163,10 @@ def query_gradient_kernel(
                 first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False
             )
             for start in range(0, count, BLOCK_N):
-                key, inside, near = box_chunk(
-                    start, count, row, col, row_start, col_start, width, text_slots, BLOCK_N,
-                    ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS,
+                key, inside, seen = box_chunk(
+                    start, count, row, col, causal, row_start, col_start, width, text_slots, BLOCK_N,
+                    ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False,
                 )  # fmt: skip
-                seen = near & inside[None, :] & (key[None, :] <= last[:, None])
                 acc = add_query_gradient(
                     acc, q, grad, lse, delta, K, V, k_s, v_s, key, inside, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN
                 )

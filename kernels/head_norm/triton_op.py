@@ -82,6 +82,7 @@ def _rows_last(qkv: Tensor) -> Tensor:
 @torch.library.custom_op("vilg_kernels::split_heads", mutates_args=())
 def split_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, centred: bool, eps: float) -> tuple[Tensor, Tensor]:
     """q and k [B, H, S, D] of qkv [B, S, H, 3, D], normalised."""
+    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
     q, k, constants = _rows_last(qkv), _rows_last(qkv), _constants(qkv, centred, NUMBERS)
     rows, slots = _count_rows(qkv), qkv.shape[1]
     args = (qkv, q_weight, k_weight, q, k, *qkv.stride()[:4], slots, rows, eps)
@@ -99,6 +100,7 @@ def split_heads_gradient(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, centred: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of qkv [B, S, H, 3, D] and of both weights [D]; deterministic."""
+    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
     dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv))  # sum().backward() expands
     constants = _constants(qkv, centred, GRADIENT_NUMBERS) | {"STEPS": STEPS}
     rows, slots = _count_rows(qkv), qkv.shape[1]

@@ -32,6 +32,7 @@ from vilg.tokens.text import train_text_tokenizer
 from vilg.train.changes import compare
 
 SHORT = {
+    "model.qk_norm": "true",  # as the large recipes: both norms' weights are used in one kernel
     "schedule.steps": 2,
     "schedule.warmup_steps": 1,
     "checkpoint.every_steps": 2,

@@ -35,6 +35,22 @@ def test_decoding_equals_forward_slot_by_slot(pattern, grid):
         assert (out - want[:, :, text_slots + slot]).abs().max() < 1e-12, f"slot {slot}"
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_decoding_in_the_types_that_models_have_is_near_fp64(pattern, dtype, tolerance):
+    """At a slot whose ring is full and whose box ends at the grid's border, and at the first."""
+    samples, group, grid = 2, 3, (5, 4)
+    capacity = patterns.cache_capacity(pattern, grid, conv_size=3)
+    q, image_k, image_v, _ = (x.to(dtype) for x in qkv(samples * group, 2, capacity, 16))
+    _, text_k, text_v, _ = (x.to(dtype) for x in qkv(samples, 2, 6, 16, seed=1))
+    call = (q[:, :, 0], text_k, text_v, image_k, image_v)
+    places = dict(text_prefix=torch.tensor([6, 2]).int(), image_slot=torch.tensor([19, 19, 7, 0, 12, 19]).int())
+    out = decode_attention(*call, grid=grid, pattern=pattern, conv_size=3, **places)
+    exact = decode_attention(*(x.double() for x in call), grid=grid, pattern=pattern, conv_size=3, **places)
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() / exact.abs().max() < tolerance
+
+
 @pytest.mark.parametrize("change, text", [
     (dict(image_k=torch.zeros(4, 2, 9, 8)), r"image_k is \(4, 2, 9, 8\) .*needed \(4, 2, 5, 8\)"),
     (dict(text_k=torch.zeros(3, 2, 6, 8)), "q has 4 sequences, text_k 3 samples"),

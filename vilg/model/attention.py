@@ -52,6 +52,18 @@ class SparseAttend:
         return sparse_attention(q, k, v, pattern=pattern, plan=self.plans[pattern], **self.arguments)
 
 
+class HeadNorm(Norm):
+    """Norm over the channels of a head. One kernel runs that of the queries and that of the keys, and each weight is read
+    in the call of the module that has it: ZeRO-3 and the export lend a module its weights for its own calls only."""
+
+    def forward(self, qkv: Tensor, other: "HeadNorm | Tensor") -> tuple[Tensor, Tensor, Tensor]:
+        """qkv [B, S, H, 3, D] -> queries, keys, values [B, H, S, D]. other: the queries' norm is called with the keys', the
+        keys' with the queries' weight."""
+        if isinstance(other, HeadNorm):
+            return other(qkv, self.factor())
+        return split_heads(qkv, other, self.factor(), kind=self.kind, eps=self.eps)
+
+
 class Attention(nn.Module):
     """Pre-norm self-attention branch without its residual: [B, S, C] -> [B, S, C]."""
 
@@ -67,8 +79,8 @@ class Attention(nn.Module):
         if config.qk_norm:
             # Chameleon (2405.09818 section 2.2). Shared by all heads, which are split over ranks. No bias: that of the
             # keys would add the same to all logits of a query, which the softmax takes out again.
-            self.q_norm = Norm(self.head_dim, config.norm, bias=False, partial=True, **place)
-            self.k_norm = Norm(self.head_dim, config.norm, bias=False, partial=True, **place)
+            self.q_norm = HeadNorm(self.head_dim, config.norm, bias=False, partial=True, **place)
+            self.k_norm = HeadNorm(self.head_dim, config.norm, bias=False, partial=True, **place)
         else:
             self.q_norm = self.k_norm = None
         self.out = RowParallelLinear(hidden, hidden, **split)
@@ -80,8 +92,7 @@ class Attention(nn.Module):
         if self.q_norm is None:
             # Unbound before it is transposed, so that the backward stacks the three gradients in one copy.
             return tuple(x.transpose(1, 2) for x in qkv.unbind(3))
-        norms = (self.q_norm.factor(), self.k_norm.factor())
-        return split_heads(qkv, *norms, kind=self.q_norm.kind, eps=self.q_norm.eps)
+        return self.q_norm(qkv, self.k_norm)
 
     def forward(self, hidden: Tensor, attend: Attend) -> Tensor:
         mixed = attend(*self.project(hidden), self.pattern)

@@ -43,6 +43,21 @@ def test_a_projection_in_any_memory_order_is_taken_as_it_is(kind):
     assert max(errors(inputs, torch.float64, kind=kind).values()) < 1e-12
 
 
+def test_weights_in_any_memory_order_are_taken():
+    inputs = packed(2, 7, 3, 16)
+    inputs[1], inputs[2] = inputs[1].new_ones(16, 2)[:, 0] * 3, inputs[2][:1].expand(16)
+    inputs[1] = torch.stack([inputs[1], inputs[2]], 1)[:, 0]
+    assert (inputs[1].stride(0), inputs[2].stride(0)) == (2, 0)
+    wanted = torch_split_heads(*inputs[:3], kind="rmsnorm", eps=1e-5)
+    for ours, theirs in zip(run(*inputs[:3], kind="rmsnorm"), wanted, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    found, exact = (
+        torch.autograd.grad(f(*leaves, kind="rmsnorm", eps=1e-5), leaves, inputs[3:]) for f in (run, torch_split_heads)
+    )
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, exact, strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fp32_stays_within_1e_5_and_half_precision_errs_little_more_than_torch(kind):
     inputs = packed(2, 33, 3, 64)

@@ -66,9 +66,10 @@ def block_activations(config: ModelConfig, recompute: str) -> Kept:
     """What a block keeps; C = hidden_size, m = ffn_multiple.
 
     Attention branch: its input (C whole), the norm's result (C entered); q, k, v (3 C split), the attention's result
-    and the same transposed for the output matrix (2 C split); with qk_norm also q and k before it (2 C split). FFN branch:
-    its input (C whole), the norm's result (C entered), GELU's input and result (2 m C split). sandwich_norm: each
-    branch's result (C whole); dropout: each branch's scaled mask (C whole).
+    and the same transposed for the output matrix (2 C split); with qk_norm also q and k before it (2 C split) and their
+    statistics (which the kernel on a GPU computes again instead). FFN branch: its input (C whole), the norm's result (C
+    entered), GELU's input and result (2 m C split). sandwich_norm: each branch's result (C whole); dropout: each
+    branch's scaled mask (C whole).
     recompute: selective keeps of the attention branch its input alone; full does of the whole block.
     """
     hidden, heads = config.hidden_size, config.num_heads
