@@ -1,6 +1,7 @@
 """Cached decoding of a model that is split over tensor ranks, as training draws its sample sheets with one."""
 
 import json
+import os
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.distributed.helpers import run_distributed
+from tests.distributed.helpers import free_port, run_distributed
 from tests.export_support import write_export
 from tests.model_support import SPEC, tiny_config, tiny_model
-from vilg.__main__ import main as vilg
+from vilg.__main__ import main
 from vilg.inference.caption import answer_codes
 from vilg.inference.generate import generate_codes
 from vilg.inference.sampling import SamplingConfig
@@ -76,9 +77,16 @@ def test_sixty_candidates_and_answers_are_the_same_on_two_tensor_ranks_for_every
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
-def drawn_and_written(rank: int, size: int, folder: Path) -> None:
-    """The commands as torchrun starts them; the printed lines go to a file of the rank's own."""
+def drawn_and_written(rank: int, size: int, folder: Path, ports: list[int]) -> None:
+    """The commands as torchrun starts them, each with a port of its own (a process that is quick would find the other's
+    store of the command before); the printed lines go to a file of the rank's own."""
     out = folder / f"drawn on {size}"
+
+    def vilg(command: list[str]) -> int:
+        if size > 1:
+            os.environ["MASTER_PORT"] = str(ports.pop())
+        return main(command)
+
     assert vilg(["generate", "--model", str(folder / "export"), "--prompt", "a cat", "--num", "3", "--out", str(out)]) == 0
     written = ["--model", str(folder / "export"), "--device", "cpu", *(str(out / f"0000_0{i}.png") for i in range(3))]
     with open(folder / f"{rank} of {size}", "w", encoding="utf-8") as file, redirect_stdout(file):
@@ -89,8 +97,8 @@ def drawn_and_written(rank: int, size: int, folder: Path) -> None:
 def test_a_model_cut_over_processes_draws_scores_writes_and_answers_the_same(tmp_path):
     (tmp_path / "export").mkdir()
     write_export(tmp_path / "export")
-    drawn_and_written(0, 1, tmp_path)
-    run_distributed(2, drawn_and_written, (tmp_path,), init=False)
+    drawn_and_written(0, 1, tmp_path, [])
+    run_distributed(2, drawn_and_written, (tmp_path, [free_port() for _ in range(3)]), init=False)
     for name in ("0000_00.png", "0000_01.png", "0000_02.png"):
         assert np.array_equal(*(np.array(Image.open(tmp_path / f"drawn on {size}" / name)) for size in (1, 2)))
     one, two = ((tmp_path / f"drawn on {size}" / "scores.jsonl").read_text().splitlines() for size in (1, 2))
