@@ -5,7 +5,8 @@
 
 Exits with 1 if a kernel spills registers, needs more shared memory than the device has or uses no tensor cores. The
 specialisation (divisibility by 16, arguments equal to 1) is taken from recorded launches of the public ops, so what is
-gated is what runs. Needs ptxas, cuobjdump and nvdisasm, which Triton's wheel carries.
+gated is what runs: for any number of text slots, heads and samples the same binary, since no kernel is specialised on them
+(with a text of one slot ptxas crashed). Needs ptxas, cuobjdump and nvdisasm, which Triton's wheel carries.
 """
 
 from __future__ import annotations
@@ -80,11 +81,12 @@ class Compiled:
 
 
 def record(
-    variant: str, dtype: torch.dtype, channels: int, capability: int, grid: tuple[int, int] = (32, 32)
-) -> list[Recorded]:
+    variant: str, dtype: torch.dtype, channels: int, capability: int, grid: tuple[int, int] = (32, 32),
+    *, text_slots: int = TEXT_SLOTS, heads: int = HEADS,
+) -> list[Recorded]:  # fmt: skip
     """The launches of one use of the public ops on a packed qkv, nothing run. `variant`: a pattern of attention (forward,
     backward, one decoding step) or a kind of norm (`split_heads`, forward and backward)."""
-    packed = torch.empty(1, TEXT_SLOTS + grid[0] * grid[1], HEADS, 3, channels, dtype=dtype)
+    packed = torch.empty(1, text_slots + grid[0] * grid[1], heads, 3, channels, dtype=dtype)
     seen: list[Recorded] = []
     replaced = runtime.start_kernel, runtime.device_capability
     runtime.start_kernel = lambda kernel, programs, *call: seen.append(Recorded(kernel, *call))
@@ -95,37 +97,40 @@ def record(
             q, k = split_heads(packed, *weights, variant == "layernorm", 1e-5)
             split_heads_gradient(q, k, q, packed, *weights, variant == "layernorm", 1e-5)
         else:
-            _attention(variant, grid, *packed.permute(3, 0, 2, 1, 4))
+            _attention(variant, grid, text_slots, *packed.permute(3, 0, 2, 1, 4))
     finally:
         runtime.start_kernel, runtime.device_capability = replaced
     return seen
 
 
-def _attention(pattern: str, grid: tuple[int, int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _attention(
+    pattern: str, grid: tuple[int, int], text_slots: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> None:
     view, scale = window(pattern, grid), q.shape[-1] ** -0.5
     shape = [view.rows, view.cols, view.reach_rows, view.reach_cols]
     samples = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
     out, lse = triton_op.attention_forward(q, k, v, *samples, shape, scale)
     triton_op.attention_backward(out, q, k, v, out, lse, *samples, shape, scale)
-    text, ring = k[:, :, :TEXT_SLOTS], k[:, :, : cache_capacity(pattern, grid)].repeat(CANDIDATES, 1, 1, 1)
+    text, ring = k[:, :, :text_slots], k[:, :, : cache_capacity(pattern, grid)].repeat(CANDIDATES, 1, 1, 1)
     new, slot = q[:, :, 0].repeat(CANDIDATES, 1, 1), samples[0].repeat(CANDIDATES)
     decode(new, text, text, ring, ring, samples[0], slot, shape, scale)
 
 
-def _source(launch: Recorded) -> ASTSource:
+def source(launch: Recorded) -> ASTSource:
     """The launch specialised as Triton's own JIT does: pointers and integers by divisibility, ones as constants."""
     names = launch.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     for index, (name, value) in enumerate(zip(names, launch.args)):
+        specialised = not launch.kernel.params[index].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPE_NAMES[value.dtype]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and specialised:
             signature[name], constants[(index,)] = "constexpr", 1
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value != 1 and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and specialised and value != 1 and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     for index, name in enumerate(names[len(launch.args) :], len(launch.args)):
         signature[name], constants[(index,)] = "constexpr", launch.constants[name]
@@ -142,7 +147,7 @@ def compile_launch(
 ) -> Compiled:
     """Compile for `capability` (80 or 90) and read registers, spills and instructions from the binary."""
     target = GPUTarget("cuda", capability, 32)
-    binary = triton.compile(_source(launch), target=target, options=launch.config.options())
+    binary = triton.compile(source(launch), target=target, options=launch.config.options())
     with tempfile.TemporaryDirectory() as folder:
         cubin = os.path.join(folder, "kernel.cubin")
         Path(cubin).write_bytes(binary.asm["cubin"])

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from vilg.config.marked import did_you_mean
 from vilg.errors import UserError
 
-USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stdout.flush()
         print(f"vilg: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print("vilg: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -33,7 +33,7 @@ def fold(acc, running_max, running_sum, q, k, v, seen):
     return acc, new_max, running_sum * rescale + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "group", "text_slots"])
 def decode_kernel(
     Q, TEXT_K, TEXT_V, IMAGE_K, IMAGE_V, OUT, TEXT_PREFIX, IMAGE_SLOT,
     q_b, q_h, tk_b, tk_h, tk_s, tv_b, tv_h, tv_s, ik_b, ik_h, ik_s, iv_b, iv_h, iv_s,

@@ -73,7 +73,7 @@ def attend_range(
     return acc, running_max, running_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "slots", "text_slots", "text_tiles"])
 def forward_kernel(
     Q, K, V, OUT, LSE, TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, heads, slots, text_slots, text_tiles,

@@ -48,7 +48,7 @@ def add_queries(
     return add_key_gradients(dk, dv, k, v, q, grad, lse, delta, seen, QK_SCALE, ACC, WIDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "slots", "text_slots"])
 def text_key_gradient_kernel(
     Q, K, V, GRAD, LSE, DELTA, DK, DV, DK_PARTS, DV_PARTS, TEXT_LEN, TEXT_PREFIX,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
@@ -103,7 +103,7 @@ def text_key_gradient_kernel(
         store_rows(DV_PARTS + part, slot, D, exists, dv, D, BLOCK_D, WIDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "slots", "text_slots"])
 def image_key_gradient_kernel(
     Q, K, V, GRAD, LSE, DELTA, DK, DV, TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,

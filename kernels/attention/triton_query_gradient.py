@@ -66,7 +66,7 @@ def add_range(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "slots", "text_slots", "text_tiles"])
 def query_gradient_kernel(
     Q, K, V, OUT, GRAD, LSE, DELTA, DQ, DK, DV, TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, g_b, g_h, g_s,

@@ -42,7 +42,7 @@ def input_gradient(grad, unit, reciprocal, weight, D: tl.constexpr, CENTRED: tl.
     return (scaled - along) * reciprocal
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "rows"])
 def split_heads_kernel(
     QKV, Q_WEIGHT, K_WEIGHT, Q, K, stride_b, stride_s, stride_h, stride_part, slots, rows, eps,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, CENTRED: tl.constexpr,
@@ -65,7 +65,7 @@ def split_heads_kernel(
     tl.store(K + out, narrow(k_unit * k_weight, K.dtype.element_ty, WIDEN), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "rows"])
 def split_heads_gradient_kernel(
     DQ, DK, DV, QKV, Q_WEIGHT, K_WEIGHT, DQKV, PARTS,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, stride_b, stride_s, stride_h, stride_part, slots, rows, eps,

@@ -83,7 +83,8 @@ def test_on_a_gpu_the_failing_rank_does_not_wait_for_the_others(monkeypatch, cap
     monkeypatch.setattr(module.os, "_exit", codes.append)
     for error, text, code in (
         (ValueError("odd"), "ValueError: odd", 1),
-        (module.UserError("full disk"), "vilg: error: full disk", module.USER_MISTAKE),
+        (module.UserError("full disk"), "vilg: error: full disk", 2),
+        (module.UserError("port taken", 75), "vilg: error: port taken", 75),
     ):
         module.leave_at_once(error)
         assert text in capsys.readouterr().err and codes.pop() == code

@@ -36,7 +36,7 @@ from vilg.checkpoint.reader import open_weights
 from vilg.checkpoint.state import STATE_FILE, read_state
 from vilg.checkpoint.tensors import checksum
 from vilg.config import load_recipe
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 
 Overrides = dict[str, object]
 SHORT = {"schedule.steps": 4, "schedule.warmup_steps": 2, "checkpoint.every_steps": 2, "logging.tensorboard": "false"}
@@ -379,4 +379,4 @@ def test_a_port_in_use_is_named(data):
             capture_output=True,
             text=True,
         )
-    assert done.returncode == 2 and f"MASTER_PORT={port} cannot be listened on" in done.stderr
+    assert done.returncode == TRY_AGAIN and f"MASTER_PORT={port} cannot be listened on" in done.stderr

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from kernels import compile_gate
 
 
 def run_gate(repository, *arguments: str) -> subprocess.CompletedProcess:
@@ -16,6 +19,15 @@ def run_gate(repository, *arguments: str) -> subprocess.CompletedProcess:
 def test_the_10b_models_kernels_pass_the_compile_gate(repository):
     result = run_gate(repository, "--variants", "row,layernorm", "--channels", "64")
     assert result.returncode == 0 and "12 kernels compiled, 0 with problems" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("variant, heads", [("row", (1, 3, 2)), ("conv", (1, 3, 2)), ("layernorm", (16, 16, 16))])
+def test_any_number_of_text_slots_and_heads_runs_the_kernels_that_are_gated(variant, heads):
+    gated, *others = (
+        [compile_gate.source(launch).hash() for launch in compile_gate.record(variant, torch.bfloat16, 64, 90, **sizes)]
+        for sizes in ({}, *(dict(text_slots=slots, heads=n) for slots, n in zip((1, 77, 64), heads)))
+    )
+    assert len(set(gated)) == len(gated) and all(found == gated for found in others)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vilg import __main__ as cli
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 
 
 def test_help_lists_every_command_in_the_order_from_data_to_export(capsys):
@@ -64,6 +64,15 @@ def test_mistake_of_a_user_is_one_paragraph_without_traceback(monkeypatch, capsy
     _command(monkeypatch, fail)
     assert cli.main(["train", "x.yaml"]) == 2
     assert capsys.readouterr().err == "vilg: error: no such thing: x.yaml\n"
+
+
+def test_what_another_start_may_find_mended_has_a_code_of_its_own(monkeypatch, capsys):
+    def fail(argv):
+        raise UserError("port 20000 is taken", TRY_AGAIN)
+
+    _command(monkeypatch, fail)
+    assert cli.main(["train", "x.yaml"]) == 75
+    assert capsys.readouterr().err == "vilg: error: port 20000 is taken\n"
 
 
 def test_interrupt_exits_with_130(monkeypatch, capsys):

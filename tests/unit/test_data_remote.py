@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from vilg.data.manifest import Manifest
 from vilg.data.order import BLOCK_SAMPLES
 from vilg.data.pieces import PieceCache
 from vilg.data.remote import RemoteDataset
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 
 SIZES = [700, 1, 900]  # blocks reach over the ends of shards
 AMPLE = 1 << 30
@@ -213,8 +214,9 @@ def test_a_failing_server_is_asked_again_and_then_named(server, tmp_path):
     server.failing = 2
     assert data.sample(300).captions == ("300",)
     server.failing = 100
-    with pytest.raises(UserError, match=rf"^{server.url}/00000\.tar: could not be read in 3 attempts: .*500"):
+    with pytest.raises(UserError, match=rf"^{server.url}/00000\.tar: could not be read in 3 attempts: .*500") as error:
         data.sample(600)
+    assert error.value.exit_code == pickle.loads(pickle.dumps(error.value)).exit_code == TRY_AGAIN
     server.failing, server.ranges = 0, False
     with pytest.raises(UserError, match=r"00002\.tar.*in 3 attempts: .*bytes came where .*the server must know ranges"):
         data.sample(1200)

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.data_support import SPEC, Bytes, data_config, make_shards
 from vilg.data.loader import Loader, TokenDataset
 from vilg.data.shards import ShardReader
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_read_that_never_answers_is_an_error_with_its_shard(folder, monkeypatc
     asked = stall(monkeypatch, never, times=1000)
     with pytest.raises(UserError, match=r"could not be read: 4 attempts in 1.5 s without an answer") as error:
         next(iter(loader(folder, 0.1)))
-    assert str(asked[0]) in str(error.value)
+    assert str(asked[0]) in str(error.value) and error.value.exit_code == TRY_AGAIN
 
 
 def test_many_samples_may_take_longer_together_than_one_may(folder, monkeypatch):

@@ -14,7 +14,7 @@ from tests.golden.make import DEBUG_RECIPE
 from vilg.config import load_recipe
 from vilg.config.environment import process_environment
 from vilg.config.schema import GuardsConfig, OptimizerConfig, ScheduleConfig
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 from vilg.model.vilg import Vilg
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.sequence import SequenceSpec
@@ -141,8 +141,9 @@ def test_a_folder_in_use_by_another_run_is_refused_until_that_ends(tmp_path):
     lock = rundir.RunLock(mine.run_dir)
     rundir.open_run_dir(mine, lock)
     rundir.write_recipe(mine)
-    with pytest.raises(UserError, match="in use by a run that is still going"):
+    with pytest.raises(UserError, match="in use by a run that is still going") as error:
         open_run_dir(mine)
+    assert error.value.exit_code == TRY_AGAIN  # a job of a chain that starts too early is no mistake of the recipe
     lock.release()
     assert open_run_dir(mine) == (None, [])
 
@@ -262,9 +263,12 @@ def test_parameters_that_zero_three_has_cut_are_counted_whole():
     assert num_parameters_here(model) == 20
 
 
-def test_an_error_on_rank_zero_is_shared():
+@pytest.mark.parametrize("agree", [Ranks.on_main, Ranks.together])
+@pytest.mark.parametrize("error, code", [(UserError("taken", TRY_AGAIN), TRY_AGAIN), (UserError("taken"), 2), (OSError("taken"), 2)])
+def test_an_error_on_rank_zero_is_shared_with_its_exit_code(agree, error, code):
     def fail():
-        raise UserError("no such recipe")
+        raise error
 
-    with pytest.raises(SharedError, match="no such recipe"):
-        Ranks().on_main(fail)
+    with pytest.raises(SharedError, match="taken") as shared:
+        agree(Ranks(), fail)
+    assert shared.value.exit_code == code

@@ -13,7 +13,7 @@ from tests.model_support import mixed_batch, tiny_model
 from vilg.config import load_recipe
 from vilg.config.check import check_recipe
 from vilg.config.schema import GuardsConfig
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.train.events import append_event, read_events
@@ -24,7 +24,7 @@ from vilg.train.requests import Requests, refuse_stopped
 from vilg.train.spikes import SpikeGuard, spike_limit
 from vilg.train.step import plan_step
 from vilg.train.stragglers import ForwardClock, RankTimes, StragglerReport, find_stragglers
-from vilg.train.watchdog import EXIT_HANG, Watchdog, silent_ranks, stacks_path
+from vilg.train.watchdog import Watchdog, silent_ranks, stacks_path
 
 
 def recipe(*overrides: str):
@@ -74,7 +74,7 @@ def test_a_hang_leaves_stacks_and_the_flight_recorder_names_silent_ranks_and_end
     with dog:
         dog.beat(41)
         waits_for_ever(codes)
-    assert codes == [EXIT_HANG]
+    assert codes == [TRY_AGAIN]
     assert "waits_for_ever" in stacks_path(tmp_path, 0).read_text() and "after step 41" in said[0]
     event = read_events(tmp_path)[-1]
     assert event["event"] == "hang" and event["step"] == 41 and event["silent"] == [1, 2]
@@ -92,7 +92,7 @@ def test_a_save_that_never_ends_is_a_hang_after_its_own_longer_limit(tmp_path):
             time.sleep(0.4)
             assert codes == []
             waits_for_ever(codes)
-    assert codes == [EXIT_HANG] and "saving does not end for 2 s after step 41 (guards.pause_timeout)" in said[0]
+    assert codes == [TRY_AGAIN] and "saving does not end for 2 s after step 41 (guards.pause_timeout)" in said[0]
     assert "waits_for_ever" in stacks_path(tmp_path, 0).read_text()
     assert read_events(tmp_path)[-1]["text"].startswith("saving does not end")
 

@@ -14,7 +14,7 @@ from vilg.data.manifest import Manifest
 from vilg.data.order import Order
 from vilg.data.shards import PIXELS, ShardIndex, ShardReader, file_sha256, index_shard
 from vilg.data.tar import ShardError
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 from vilg.tokens.sequence import SequenceSpec
 
 INDEX_FOLDER = "index"  # beside the shards, unless the caller names another place
@@ -171,7 +171,8 @@ class TokenDataset:
         try:
             status = os.stat(path)
         except OSError as error:
-            raise ShardError(path, f"cannot be opened any more: {error.strerror}") from error
+            message = f"cannot be opened any more: {error.strerror}"
+            raise ShardError(path, message, exit_code=TRY_AGAIN) from error
         identity = (status.st_mtime_ns, status.st_ino)
         reader = ShardReader(path, index, verify=self._verified.get(number) != identity)
         self._verified[number] = identity

@@ -173,7 +173,7 @@ class Loader:
 
     def _account(self, data: StepData) -> None:
         if data.failure is not None:
-            raise UserError(data.failure)
+            raise UserError(data.failure, data.exit_code)
         self.samples_seen += data.num_samples
         self.bad_samples.update(bad.reason for bad in data.bad)
         if data.bad and self._quarantine is not None:

@@ -12,6 +12,7 @@ import threading
 import time
 
 from vilg.data.steps import StepBuilder, StepData
+from vilg.errors import TRY_AGAIN
 
 ATTEMPTS = 4
 
@@ -41,10 +42,11 @@ class PatientBuilder:
                 )  # fmt: skip
                 self.builder = copy.deepcopy(self.builder)  # no file stays open in common
         waited = self.timeout * (2**ATTEMPTS - 1)
-        return StepData([], 0, [], failure=(
+        failure = (
             f"{where} could not be read: {ATTEMPTS} attempts in {waited:.3g} s without an answer. Look at the file system or "
             "the link to it; data.read_timeout says how long a read may take"
-        ))  # fmt: skip
+        )
+        return StepData([], 0, [], failure=failure, exit_code=TRY_AGAIN)
 
     def _attempt(self, first: int, allowed: float) -> StepData | None:
         """The step, or None when no sample arrived for `allowed` seconds."""

@@ -24,7 +24,7 @@ from vilg.data.order import BLOCK_SAMPLES, WINDOW_SAMPLES
 from vilg.data.pieces import PieceCache
 from vilg.data.shards import ShardIndex, ShardReader, file_sha256, fingerprint, index_shard, split_name
 from vilg.data.tar import ShardError, members, pread_all
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 
 Result = TypeVar("Result")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
@@ -68,7 +68,8 @@ def _patiently(url: Url, action: Callable[[Any], Result]) -> Result:
         except Exception as error:  # every kind of store has its own
             if pause is None:
                 what = f"{type(error).__name__}: {error}"
-                raise ShardError(url, f"could not be read in {len(_PAUSES) + 1} attempts: {what}") from error
+                message = f"could not be read in {len(_PAUSES) + 1} attempts: {what}"
+                raise ShardError(url, message, exit_code=TRY_AGAIN) from error
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 

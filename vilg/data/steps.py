@@ -15,7 +15,7 @@ from vilg.data.blend import Blend
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
 from vilg.data.fields import BadField, decode_pixels
 from vilg.data.order import WINDOW_SAMPLES, uniforms
-from vilg.errors import UserError
+from vilg.errors import USER_MISTAKE, UserError
 from vilg.tokens.sequence import Sample, SequenceBatch, SequenceSpec, answer, collate, text_to_image
 
 MAX_BAD_IN_A_ROW = 100
@@ -61,13 +61,15 @@ class Pair(NamedTuple):
 class StepData:
     """One rank's share of a step as numpy arrays: they cross process borders without shared memory or descriptors.
 
-    arrays: per micro-batch the fields of SequenceBatch. num_samples: pairs read. failure: why the run must stop.
+    arrays: per micro-batch the fields of SequenceBatch. num_samples: pairs read. failure: why the run must stop,
+    and with which exit code.
     """
 
     arrays: list[dict[str, np.ndarray]]
     num_samples: int
     bad: list[BadSample]
     failure: str | None = None
+    exit_code: int = USER_MISTAKE
 
     def batches(self) -> list[SequenceBatch]:
         return [SequenceBatch(**{k: torch.from_numpy(v) for k, v in batch.items()}) for batch in self.arrays]
@@ -128,7 +130,7 @@ class StepBuilder:
                     sequences += self._sequences(pair, chance)
                 arrays.append(_arrays(collate(sequences)))
         except UserError as error:  # handed over as text: a traceback from a worker would bury it
-            return StepData([], mine.size, bad, failure=str(error))
+            return StepData([], mine.size, bad, failure=str(error), exit_code=error.exit_code)
         return StepData(arrays, mine.size, bad)
 
     def _read_ahead(self, first: int) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from vilg.errors import UserError
+from vilg.errors import USER_MISTAKE, UserError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -32,14 +32,15 @@ _REFUSED = {
 class ShardError(UserError):
     """A shard that cannot be trusted; names the shard and, where known, the byte or the key."""
 
-    def __init__(self, shard: Path | str, message: str, *, byte: int | None = None, key: str | None = None):
+    def __init__(self, shard: Path | str, message: str, *, byte: int | None = None, key: str | None = None,
+                 exit_code: int = USER_MISTAKE):  # fmt: skip
         where = f" byte {byte}" if byte is not None else ""
         where += f" key {key!r}" if key is not None else ""
-        super().__init__(f"{shard}:{where} {message}" if where else f"{shard}: {message}")
+        super().__init__(f"{shard}:{where} {message}" if where else f"{shard}: {message}", exit_code)
         self.shard, self.byte, self.key, self.reason = shard, byte, key, message
 
     def __reduce__(self):  # the default would call ShardError(full message), which loses the parts
-        return partial(ShardError, byte=self.byte, key=self.key), (self.shard, self.reason)
+        return partial(ShardError, byte=self.byte, key=self.key, exit_code=self.exit_code), (self.shard, self.reason)
 
 
 @dataclass(frozen=True, slots=True)

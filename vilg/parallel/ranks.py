@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from vilg.errors import UserError
+from vilg.errors import USER_MISTAKE, UserError
 from vilg.parallel.ops import Group
 
 T = TypeVar("T")
@@ -18,7 +18,6 @@ T = TypeVar("T")
 
 class SharedError(UserError):
     """A UserError that every rank raises with the same message, so that one of them may print it for all."""
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -60,11 +59,11 @@ class Ranks:
             try:
                 outcome[0] = action()
             except (UserError, OSError) as error:
-                outcome[1] = str(error)
+                outcome[1] = str(error), _exit_code(error)
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
-            raise SharedError(outcome[1])
+            raise SharedError(*outcome[1])
         return outcome[0]
 
     def together(self, action: Callable[[], T]) -> T:
@@ -78,9 +77,14 @@ class Ranks:
         except Exception as error:  # whatever it is, the other ranks must learn of it; it is chained here
             if self.world_size == 1 and not isinstance(error, (OSError, UserError)):
                 raise
-            reason, cause = str(error) or type(error).__name__, error
+            reason, cause = (str(error) or type(error).__name__, _exit_code(error)), error
         failed = [(rank, why) for rank, why in enumerate(self.gather(reason)) if why is not None]
         if failed:
-            rank, why = failed[0]
-            raise SharedError(why if self.world_size == 1 else f"rank {rank}: {why}") from (cause if reason else None)
+            rank, (why, code) = failed[0]
+            message = why if self.world_size == 1 else f"rank {rank}: {why}"
+            raise SharedError(message, code) from (cause if reason else None)
         return value
+
+
+def _exit_code(error: Exception) -> int:
+    return error.exit_code if isinstance(error, UserError) else USER_MISTAKE

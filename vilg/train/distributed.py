@@ -1,5 +1,6 @@
 """Start and end of a process group: under torchrun, srun, or alone; and what one rank does when another has died."""
 
+import errno
 import os
 import socket
 import sys
@@ -13,10 +14,9 @@ import torch
 import torch.distributed as dist
 
 from vilg.config.environment import process_environment
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, USER_MISTAKE, UserError
 from vilg.parallel.ranks import Ranks, SharedError
 
-USER_MISTAKE = 2
 _TIMEOUT = timedelta(minutes=30)
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Read timeout")
 
@@ -68,13 +68,13 @@ def leave_at_once(what: BaseException | str) -> None:
 
     To take an NCCL group down in order means to wait for collectives that the other ranks may never finish.
     """
-    mistake = isinstance(what, UserError)
+    code = what.exit_code if isinstance(what, UserError) else 1
     if isinstance(what, BaseException):
-        what = f"vilg: error: {what}" if mistake else "".join(traceback.format_exception(what))
+        what = f"vilg: error: {what}" if isinstance(what, UserError) else "".join(traceback.format_exception(what))
     print(what, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(USER_MISTAKE if mistake else 1)
+    os._exit(code)
 
 
 def quiet() -> None:
@@ -95,6 +95,7 @@ def _join(backend: str, rank: int, world: int) -> None:
             except OSError as error:
                 raise UserError(
                     f"MASTER_PORT={port} cannot be listened on ({error.strerror}); another run on this machine may use "
-                    "it. Set MASTER_PORT to a free port below 32768"
+                    "it. Set MASTER_PORT to a free port below 32768",
+                    TRY_AGAIN if error.errno == errno.EADDRINUSE else USER_MISTAKE,
                 ) from None
     dist.init_process_group(backend, rank=rank, world_size=world, timeout=_TIMEOUT)

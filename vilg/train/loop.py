@@ -10,7 +10,7 @@ from vilg.config.environment import process_environment
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
 from vilg.parallel.ranks import Ranks, SharedError
-from vilg.train.distributed import USER_MISTAKE, distributed
+from vilg.train.distributed import distributed
 from vilg.train.guards import StopSignals
 from vilg.train.open import open_run, read_arguments
 from vilg.train.requests import STOP_FILE
@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> int:
     with distributed(device) as ranks:
         try:
             train(ranks.on_main(lambda: recipe), ranks, device, accept=accept)
-        except SharedError:
+        except SharedError as error:
             if ranks.is_main:
                 raise
-            raise SystemExit(USER_MISTAKE) from None  # rank 0 prints the message for all
+            raise SystemExit(error.exit_code) from None  # rank 0 prints the message for all
     return 0
 
 

@@ -16,7 +16,7 @@ from vilg.checkpoint.load import latest_checkpoint
 from vilg.checkpoint.save import LATEST, sweep
 from vilg.checkpoint.state import read_state
 from vilg.config import Recipe, dump_recipe, load_recipe
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 from vilg.tokens.files import write_atomically
 from vilg.train.changes import compare
 
@@ -40,7 +40,8 @@ class RunLock:
         except BlockingIOError:
             raise UserError(
                 f"run_dir={self.path.parent} is in use by a run that is still going; wait for it, stop it, or give this "
-                "one its own folder (--run_dir=...)"
+                "one its own folder (--run_dir=...)",
+                TRY_AGAIN,
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from vilg.errors import TRY_AGAIN
 from vilg.train.events import append_event
 
-EXIT_HANG = os.EX_TEMPFAIL  # 75, "try again": batch scripts requeue on it
 GRACE_SECONDS = 10.0  # between a rank's report and its end, so that every rank has reported before the first one ends
 
 
@@ -44,7 +44,7 @@ def silent_ranks(folder: Path, world_size: int, *, since: float) -> list[int]:
 
 
 class Watchdog:
-    """A thread that ends the process with EXIT_HANG when `beat` was not called for `timeout` seconds (0: never).
+    """A thread that ends the process with TRY_AGAIN when `beat` was not called for `timeout` seconds (0: never).
 
     A context manager. What has another rhythm (a checkpoint, an evaluation, a sample sheet) goes inside `aside`, which may take
     pause_timeout seconds (0: without end). exit and say are for tests and for the run's log. Raises nothing: a watchdog that fails to write still ends the process.
@@ -117,7 +117,7 @@ class Watchdog:
                 key = "guards.pause_timeout" if work else "guards.hang_timeout"
                 what = f"{work[0]} does not end" if work else "no step"
                 self._report(f"{what} for {limit:.0f} s after step {self.step}", key, limit)
-                self.exit(EXIT_HANG)
+                self.exit(TRY_AGAIN)
                 return
 
     def _report(self, what: str, key: str, limit: float) -> None:
@@ -138,7 +138,7 @@ class Watchdog:
                 verdict = f"{what}; stacks of {len(reporters)} rank(s)"
                 if silent:
                     verdict += f"; SILENT, look there first: rank {', '.join(map(str, silent))}"
-                self.say(f"vilg: hang: {verdict}; ending with exit code {EXIT_HANG}")
+                self.say(f"vilg: hang: {verdict}; ending with exit code {TRY_AGAIN}")
                 append_event(self.folder, "hang", self.step, verdict, silent=silent, host=host)
         except Exception:  # the disk may be what hangs or is full: the end must come all the same
             traceback.print_exc()
