@@ -74,6 +74,14 @@ def test_every_split_over_ranks_has_the_same_sequences_once_and_equally_many_mic
     assert counted([batch for share in shares for batch in share]) == counted(whole)
 
 
+def test_pairs_behind_a_url_are_those_of_the_folder(data, tmp_path):
+    local = recipe_of(data)
+    behind = recipe_of(data, evaluation__data=f"file://{Path(local.evaluation.data).absolute()}", data__cache_dir=tmp_path)
+    (pairs, here, _), (pairs_there, there, _) = read(local), read(behind)
+    assert pairs == pairs_there == 21 and counted(here) == counted(there)
+    assert any(tmp_path.rglob("*"))  # read through the cache
+
+
 def test_runs_of_other_seeds_and_shares_of_directions_evaluate_the_same_pairs(data):
     recipe, other = recipe_of(data), recipe_of(data, seed=7, data__text_to_image_fraction=0.9, data__caption_dropout=0.5)
     first, second = (counted(read(r)[1]) for r in (recipe, other))
