@@ -17,6 +17,7 @@ from vilg.data.manifest import write_json
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.files import write_atomically
 from vilg.tools.findings import Report, Row
+from vilg.tools.kernel_check import check_kernels
 from vilg.tools.machines import check_machines
 from vilg.tools.storage import check_storage
 from vilg.train.distributed import distributed
@@ -53,6 +54,7 @@ def examine(
     report.rows.append(Row("recipe", "ok", f"{path}: {recipe.name}, {ranks.world_size} process(es)"))
     check_storage(report, recipe, ranks, accepted)
     check_machines(report, ranks, device)
+    check_kernels(report, recipe, ranks, device)
     return report
 
 
