@@ -23,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_TESTS = (  # all that has the mark
-    "tests/kernels/test_gpu.py tests/kernels/test_head_norm.py tests/unit/test_drawing.py tests/unit/test_serve.py"
+    "tests/kernels/test_gpu.py tests/kernels/test_head_norm.py tests/unit/test_preflight_kernels.py "
+    "tests/unit/test_drawing.py tests/unit/test_serve.py"
 )
 TINY_ATTENTION = "--device cpu --grids 8x8 --heads 1 --text-slots 8 --repeats 2"
 
