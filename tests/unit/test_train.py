@@ -261,14 +261,3 @@ def test_parameters_that_zero_three_has_cut_are_counted_whole():
     model = torch.nn.Linear(3, 5)
     model.weight.ds_numel, model.weight.data = 15, torch.empty(0)
     assert num_parameters_here(model) == 20
-
-
-@pytest.mark.parametrize("agree", [Ranks.on_main, Ranks.together])
-@pytest.mark.parametrize("error, code", [(UserError("taken", TRY_AGAIN), TRY_AGAIN), (UserError("taken"), 2), (OSError("taken"), 2)])
-def test_an_error_on_rank_zero_is_shared_with_its_exit_code(agree, error, code):
-    def fail():
-        raise error
-
-    with pytest.raises(SharedError, match="taken") as shared:
-        agree(Ranks(), fail)
-    assert shared.value.exit_code == code

@@ -120,7 +120,8 @@ class Saver:
             shutil.rmtree(job.partial, ignore_errors=True)
         raise SharedError(
             f"checkpoint {job.final.name} could not be saved: {error}. {_what_is_left(self.run_dir)} "
-            "Mend the cause (space, quota, rights), then run the same command again"
+            "Mend the cause (space, quota, rights), then run the same command again",
+            error.exit_code,
         ) from error
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from vilg.errors import USER_MISTAKE, UserError
+from vilg.errors import UserError
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -33,7 +33,7 @@ class ShardError(UserError):
     """A shard that cannot be trusted; names the shard and, where known, the byte or the key."""
 
     def __init__(self, shard: Path | str, message: str, *, byte: int | None = None, key: str | None = None,
-                 exit_code: int = USER_MISTAKE):  # fmt: skip
+                 exit_code: int | None = None):  # fmt: skip
         where = f" byte {byte}" if byte is not None else ""
         where += f" key {key!r}" if key is not None else ""
         super().__init__(f"{shard}:{where} {message}" if where else f"{shard}: {message}", exit_code)

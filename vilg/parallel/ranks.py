@@ -3,6 +3,7 @@
 Tensors of the model go through the groups of `grid.py`; this is for counts, flags and errors of the control flow.
 """
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from vilg.errors import USER_MISTAKE, UserError
+from vilg.errors import UserError, exit_code_of
 from vilg.parallel.ops import Group
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class Ranks:
             try:
                 outcome[0] = action()
             except (UserError, OSError) as error:
-                outcome[1] = str(error), _exit_code(error)
+                outcome[1] = str(error), exit_code_of(error)
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
@@ -75,16 +76,14 @@ class Ranks:
         try:
             value = action()
         except Exception as error:  # whatever it is, the other ranks must learn of it; it is chained here
-            if self.world_size == 1 and not isinstance(error, (OSError, UserError)):
-                raise
-            reason, cause = (str(error) or type(error).__name__, _exit_code(error)), error
+            if not isinstance(error, (OSError, UserError)):
+                if self.world_size == 1:
+                    raise
+                traceback.print_exc()  # no user's doing: where it happened is worth more than what it says
+            reason, cause = (str(error) or type(error).__name__, exit_code_of(error)), error
         failed = [(rank, why) for rank, why in enumerate(self.gather(reason)) if why is not None]
         if failed:
             rank, (why, code) = failed[0]
             message = why if self.world_size == 1 else f"rank {rank}: {why}"
             raise SharedError(message, code) from (cause if reason else None)
         return value
-
-
-def _exit_code(error: Exception) -> int:
-    return error.exit_code if isinstance(error, UserError) else USER_MISTAKE

@@ -1,6 +1,5 @@
 """Start and end of a process group: under torchrun, srun, or alone; and what one rank does when another has died."""
 
-import errno
 import os
 import socket
 import sys
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from vilg.config.environment import process_environment
-from vilg.errors import TRY_AGAIN, USER_MISTAKE, UserError
+from vilg.errors import FAILED, UserError, exit_code_of
 from vilg.parallel.ranks import Ranks, SharedError
 
 _TIMEOUT = timedelta(minutes=30)
@@ -68,7 +67,7 @@ def leave_at_once(what: BaseException | str) -> None:
 
     To take an NCCL group down in order means to wait for collectives that the other ranks may never finish.
     """
-    code = what.exit_code if isinstance(what, UserError) else 1
+    code = exit_code_of(what) if isinstance(what, UserError) else FAILED
     if isinstance(what, BaseException):
         what = f"vilg: error: {what}" if isinstance(what, UserError) else "".join(traceback.format_exception(what))
     print(what, file=sys.stderr)
@@ -95,7 +94,6 @@ def _join(backend: str, rank: int, world: int) -> None:
             except OSError as error:
                 raise UserError(
                     f"MASTER_PORT={port} cannot be listened on ({error.strerror}); another run on this machine may use "
-                    "it. Set MASTER_PORT to a free port below 32768",
-                    TRY_AGAIN if error.errno == errno.EADDRINUSE else USER_MISTAKE,
+                    "it. Set MASTER_PORT to a free port below 32768"
                 ) from None
     dist.init_process_group(backend, rank=rank, world_size=world, timeout=_TIMEOUT)

@@ -13,6 +13,7 @@ from vilg.checkpoint.save import Files, Saved, Saver
 from vilg.checkpoint.state import RunState, read_state
 from vilg.config import Recipe
 from vilg.data.loader import Loader, LoaderState
+from vilg.errors import UserError
 from vilg.parallel.grid import Grid
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.files import write_atomically
@@ -133,7 +134,11 @@ class Run:
         with self._aside("drawing"):
             name = f"step_{self.step:08d}.png"
             path = self.recipe.run_dir / SAMPLES / name if self.ranks.is_main else None
-            self.sampler.draw(path, title=f"{self.recipe.name}, step {self.step}")
+            try:
+                self.sampler.draw(path, title=f"{self.recipe.name}, step {self.step}")
+            except (OSError, UserError) as error:  # the main rank could not write it: no reason to end the run
+                self.log.event("draw", self.step, f"{SAMPLES}/{name} could not be written: {error}", warn=True)
+                return
         self.log.event("draw", self.step, f"drew {SAMPLES}/{name}", file=f"{SAMPLES}/{name}")
 
     def save(self, *, background: bool = False) -> None:
