@@ -1,6 +1,8 @@
 """Preflight's comparison of nodes with planted figures, and the whole report on two processes."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from tests.distributed.helpers import run_distributed
 from tests.golden.make import DEBUG_RECIPE, ROOT, make_data
 from vilg.__main__ import main as vilg
 from vilg.checkpoint.state import source_commit
-from vilg.tools import bandwidth
+from vilg.errors import TRY_AGAIN
+from vilg.tools import bandwidth, storage
 from vilg.tools.bandwidth import partners
-from vilg.tools.findings import Report
+from vilg.tools.findings import Report, Row
 from vilg.tools.machines import check_machines, versions_row
 from vilg.tools.peers import find_different, find_slow
-from vilg.tools.preflight import examine
+from vilg.tools.preflight import examine, verdict
 
 NODES = [f"node{i}" for i in range(1, 5) for _ in range(2)]
 EVEN = [100.0, 101.0, 99.0, 100.5, 100.0, 99.5, 101.0, 100.0]
@@ -114,6 +117,29 @@ def test_the_verdict_is_in_the_json_as_the_batch_script_looks_for_it(tmp_path):
     assert vilg(command) == 1
     assert '"passed": false' in (tmp_path / "found.json").read_text()
     assert """grep -qs '"passed": false' "$VERDICT" """ in (ROOT / "launch" / "train.sbatch").read_text()
+
+
+def test_what_may_be_over_at_the_next_start_is_no_verdict(tmp_path, monkeypatch):
+    found = make_data(tmp_path) | {"run_dir": tmp_path / "run"}
+    command = ["preflight", str(DEBUG_RECIPE), "--json", str(tmp_path / "found.json")]
+    command += [f"--{key}={value}" for key, value in found.items()]
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "00000.tar")
+
+    monkeypatch.setattr(storage, "open_data", stale)
+    assert vilg(command) == TRY_AGAIN
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report["passed"] is None and [row["check"] for row in report["rows"] if row["again"]] == ["shards"]
+    (tmp_path / "text.model").write_text("damaged")  # and what will not be over
+    assert vilg(command) == 1 and json.loads((tmp_path / "found.json").read_text())["passed"] is False
+
+
+def test_nodes_that_can_be_left_out_are_a_verdict():
+    report = Report(rows=[Row("disk speed", "ok", ""), Row("shards", "bad", "node2: stale", again=True)], bad_nodes=["node2"])
+    assert verdict(report, exclude_bad=False) is None and verdict(report, exclude_bad=True) is False
+    report.rows = [Row("all-reduce", "slow", "")]
+    assert verdict(report, exclude_bad=False) is True and verdict(report, exclude_bad=True) is False
 
 
 def test_a_rank_that_adds_wrongly_is_bad_and_its_node_is_named():

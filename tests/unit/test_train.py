@@ -16,7 +16,6 @@ from vilg.config.environment import process_environment
 from vilg.config.schema import GuardsConfig, OptimizerConfig, ScheduleConfig
 from vilg.errors import TRY_AGAIN, UserError
 from vilg.model.vilg import Vilg
-from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.sequence import SequenceSpec
 from vilg.train import rundir
 from vilg.train.changes import SHAPE, check_accept, check_tokenizers, compare

@@ -11,11 +11,13 @@ from vilg.parallel.ranks import Ranks
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report. slow: a node is far behind its peers; absent: this machine has no such part, no fault."""
+    """One line of the report. slow: a node is far behind its peers; absent: this machine has no such part, no fault.
+    again: bad now, but another start may find it mended (data that do not answer)."""
 
     check: str
     status: Literal["ok", "slow", "bad", "absent"]
     detail: str
+    again: bool = False
 
 
 @dataclass

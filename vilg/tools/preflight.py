@@ -1,8 +1,9 @@
 """`vilg preflight RECIPE`: what would stop or slow a long run, found in seconds before it starts.
 
-Runs alone or on all ranks under torchrun or srun; rank 0 prints one table. Exit code 0 if nothing is bad, 1 otherwise.
-A node that is slower than its peers is named (peers.py); with --exclude-bad it counts as bad. A crash has exit code 1 as
-well: only a verdict leaves the JSON file, whose `passed` is then false.
+Runs alone or on all ranks under torchrun or srun; rank 0 prints one table. Exit code 0 if nothing is bad, 1 otherwise, and
+75 without a verdict (`passed` is null in the JSON file) if another start may find all that is bad mended, unless bad nodes
+are to be left out. A node that is slower than its peers is named (peers.py); with --exclude-bad it counts as bad. A crash has
+exit code 1 as well, and leaves no JSON file.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 
 from vilg.config import load_recipe, take_overrides
 from vilg.data.manifest import write_json
+from vilg.errors import TRY_AGAIN
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.tokens.files import write_atomically
 from vilg.tools.findings import Report, Row
@@ -33,15 +35,23 @@ def main(argv: Sequence[str]) -> int:
     with distributed(device) as ranks:
         try:
             report = examine(options.recipe, overrides, ranks, device, accept=options.accept)
-            statuses = {"bad", "slow"} if options.exclude_bad else {"bad"}
-            passed = all(row.status not in statuses for row in report.rows)
+            passed = verdict(report, exclude_bad=options.exclude_bad)
             if ranks.is_main:
                 _print(report, options, passed=passed)
-        except SharedError:
+        except SharedError as error:
             if ranks.is_main:
                 raise
-            raise SystemExit(2) from None
-    return 0 if passed else BAD
+            raise SystemExit(error.exit_code) from None
+    return {True: 0, False: BAD, None: TRY_AGAIN}[passed]
+
+
+def verdict(report: Report, *, exclude_bad: bool) -> bool | None:
+    """Whether the run may start; None: not now. exclude_bad: slow nodes are bad, and bad ones can be left out."""
+    statuses = {"bad", "slow"} if exclude_bad else {"bad"}
+    bad = [row for row in report.rows if row.status in statuses]
+    if bad and all(row.again for row in bad) and not (exclude_bad and report.bad_nodes):
+        return None
+    return not bad
 
 
 def examine(
@@ -58,7 +68,7 @@ def examine(
     return report
 
 
-def _print(report: Report, options: argparse.Namespace, *, passed: bool) -> None:
+def _print(report: Report, options: argparse.Namespace, *, passed: bool | None) -> None:
     width = max(len(row.check) for row in report.rows)
     for row in report.rows:  # line by line: srun would break a long text anywhere
         print(f"{row.status:<6}  {row.check:<{width}}  {row.detail}", flush=True)
@@ -74,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilg preflight",
         description="Check recipe, machines and data before a long run. Alone, or on all ranks under torchrun or srun.",
-        epilog="exit code 0: nothing is bad; 1: something is; 2: the recipe itself is wrong",
+        epilog="exit code 0: nothing is bad; 1: something is; 75: something is that may be over soon; 2: the recipe itself is wrong",
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and every rank's figures there too")

@@ -16,7 +16,7 @@ from vilg.checkpoint.save import CHECKPOINTS, kept_for_good, leftovers, past_che
 from vilg.config import Recipe
 from vilg.config.deepspeed import read_deepspeed_file, zero_stage
 from vilg.data.loader import Blend, TokenDataset, open_data, parts_of
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError, exit_code_of
 from vilg.model.state_size import stage_parameters, state_bytes
 from vilg.parallel.ranks import Ranks
 from vilg.tokens.text import TextTokenizer
@@ -48,29 +48,31 @@ def _guarded(name: str, check: Callable[[], Iterator[Row]]) -> list[Row]:
     try:
         rows.extend(check())
     except (UserError, OSError) as error:
-        rows.append(Row(name, "bad", str(error)))
+        rows.append(Row(name, "bad", str(error), again=exit_code_of(error) == TRY_AGAIN))
     return rows
 
 
 def _on_every_node(report: Report, ranks: Ranks, name: str, check: Callable[[], str]) -> str:
     """What the check says on every node's first rank; empty, with a bad row and the nodes at fault blamed, if it fails
     on some or does not say the same everywhere."""
-    said, failure = None, None
+    said, failure, again = None, None, False
     if report.is_first_of_its_node(ranks.rank):
         try:
             said = check()
         except (UserError, OSError) as error:
-            failure = str(error)
-    found = dict(zip(reversed(report.nodes), reversed(ranks.gather((said, failure)))))  # of each node's first rank
-    counts = Counter(said for said, failure in found.values() if failure is None)
+            failure, again = str(error), exit_code_of(error) == TRY_AGAIN
+    every = ranks.gather((said, failure, again))
+    found = dict(zip(reversed(report.nodes), reversed(every)))  # of each node's first rank
+    counts = Counter(said for said, failure, _ in found.values() if failure is None)
     usual = max(counts, key=lambda text: (counts[text], text == found[report.nodes[0]][0]), default="")
-    faults = {node: failure for node, (_, failure) in found.items() if failure is not None}
-    faults |= {node: f"{said} instead of {usual}" for node, (said, _) in found.items() if said not in (None, usual)}
+    faults = {node: failure for node, (_, failure, _) in found.items() if failure is not None}
+    faults |= {node: f"{said} instead of {usual}" for node, (said, *_) in found.items() if said not in (None, usual)}
     if not faults:
         return usual
     is_everywhere = len(faults) == len(found) and len(set(faults.values())) == 1
     each = [f"{node}: {faults[node]}" for node in report.node_names if node in faults]
-    report.rows.append(Row(name, "bad", faults[report.nodes[0]] if is_everywhere else "; ".join(each)))
+    text = faults[report.nodes[0]] if is_everywhere else "; ".join(each)
+    report.rows.append(Row(name, "bad", text, again=all(found[node][2] for node in faults)))
     report.blame_few(list(faults))
     return ""
 
