@@ -153,6 +153,8 @@ def flex(case: Case, view, order: torch.Tensor | None):
         query, key = (query, key) if order is None else (order[query], order[key])
         return visible(view, case.text_slots, query, key, length, prefix, target)
 
+    # A compilation for each mask, and another with gradients: beyond the limit FlexAttention would run unfused.
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 256, True
     blocks = create_block_mask(mask_mod, None, None, case.slots, case.slots, device=case.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=blocks)

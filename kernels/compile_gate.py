@@ -6,7 +6,7 @@
 Exits with 1 if a kernel spills registers, needs more shared memory than the device has or uses no tensor cores. The
 specialisation (divisibility by 16, arguments equal to 1) is taken from recorded launches of the public ops, so what is
 gated is what runs: for any number of text slots, heads and samples the same binary, since no kernel is specialised on them
-(with a text of one slot ptxas crashed). Needs ptxas, cuobjdump and nvdisasm, which Triton's wheel carries.
+(with a text of one slot ptxas crashed); decoding with four candidates a program, two and one. Needs ptxas, cuobjdump and nvdisasm, which Triton's wheel carries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes a block may use on A100 and H
 TEXT_SLOTS, HEADS = 128, 16  # the 10B model's, with a grid of 32 x 32
 NORMS = ("layernorm", "rmsnorm")
 MATMULS = ("forward_kernel", "query_gradient_kernel", "text_key_gradient_kernel", "image_key_gradient_kernel")
-CANDIDATES = 4  # sequences that share a text prefix in decoding
+CANDIDATES = (4, 2, 1)  # sequences that share a text prefix in decoding
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 
 
@@ -111,9 +111,11 @@ def _attention(
     samples = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
     out, lse = triton_op.attention_forward(q, k, v, *samples, shape, scale)
     triton_op.attention_backward(out, q, k, v, out, lse, *samples, shape, scale)
-    text, ring = k[:, :, :text_slots], k[:, :, : cache_capacity(pattern, grid)].repeat(CANDIDATES, 1, 1, 1)
-    new, slot = q[:, :, 0].repeat(CANDIDATES, 1, 1), samples[0].repeat(CANDIDATES)
-    decode(new, text, text, ring, ring, samples[0], slot, shape, scale)
+    text = k[:, :, :text_slots]
+    for candidates in CANDIDATES:
+        ring = k[:, :, : cache_capacity(pattern, grid)].repeat(candidates, 1, 1, 1)
+        new, slot = q[:, :, 0].repeat(candidates, 1, 1), samples[0].repeat(candidates)
+        decode(new, text, text, ring, ring, samples[0], slot, shape, scale)
 
 
 def source(launch: Recorded) -> ASTSource:

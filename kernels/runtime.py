@@ -32,19 +32,25 @@ def start_kernel(kernel, grid: tuple[int, ...], args, constants: dict, config: L
 
 
 def device_capability(device: torch.device) -> int:
-    """80, 90, ...; 90 for the CPU, where the interpreter runs: the kernels in their fullest form."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    """Whose launch settings a device takes: 90 for Hopper, 80 for all others, as Hopper's spill registers on Blackwell; 90 for
+    the CPU, where the interpreter runs: the kernels in their fullest form."""
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    return 90 if hopper else 80
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # which a function that is itself cached would not be: torch.compile looks into it
 def why_no_triton(device: torch.device) -> str | None:
     """Why no Triton kernel runs on this CUDA device; None if they do."""
+    return look_for_triton(device)
+
+
+@lru_cache(maxsize=64)
+def look_for_triton(device: torch.device) -> str | None:
+    """`why_no_triton`, remembered for each device."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; install it with pip install triton"
+    if torch.version.hip is not None:
+        return f"{device} is no NVIDIA device; the Triton kernels are launched with settings that others do not take"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"{device} has compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 or more"

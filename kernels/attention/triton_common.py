@@ -12,10 +12,18 @@ from kernels.triton_rounding import narrow
 
 
 @triton.jit
+def text_range(TEXT_LEN, TEXT_PREFIX, sample, text_slots):
+    """text_len and text_prefix, clamped without their signs: what is negative is clamped as well, and registers are scarce."""
+    length = tl.load(TEXT_LEN + sample).to(tl.uint32, bitcast=True)
+    length = tl.minimum(length, text_slots.to(tl.uint32, bitcast=True))
+    prefix = tl.minimum(tl.load(TEXT_PREFIX + sample).to(tl.uint32, bitcast=True), length)
+    return length.to(tl.int32, bitcast=True), prefix.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def sample_info(TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET, sample, text_slots):
     """text_len, text_prefix (clamped: nothing is ever read out of bounds) and whether the image is causal."""
-    length = tl.minimum(tl.load(TEXT_LEN + sample), text_slots)
-    prefix = tl.minimum(tl.load(TEXT_PREFIX + sample), length)
+    length, prefix = text_range(TEXT_LEN, TEXT_PREFIX, sample, text_slots)
     causal = tl.load(IMAGE_IS_TARGET + sample) != 0
     return length, prefix, causal
 

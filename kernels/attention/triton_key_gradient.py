@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_common import (
-    box_chunk, dot, image_box, image_tile, load_rows, sample_info, store_rows,
+    box_chunk, dot, image_box, image_tile, load_rows, sample_info, store_rows, text_range,
 )  # fmt: skip
 from kernels.triton_rounding import narrow
 
@@ -63,8 +63,7 @@ def text_key_gradient_kernel(
     head = (tl.program_id(0) % heads).to(tl.int64)
     tile = tl.program_id(1) // CHUNKS
     chunk = tl.program_id(1) % CHUNKS
-    length = tl.minimum(tl.load(TEXT_LEN + sample), text_slots)
-    prefix = tl.minimum(tl.load(TEXT_PREFIX + sample), length)
+    length, prefix = text_range(TEXT_LEN, TEXT_PREFIX, sample, text_slots)
     Q += sample * q_b + head * q_h
     GRAD += sample * g_b + head * g_h
     LSE += (sample * heads + head) * slots

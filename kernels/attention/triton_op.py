@@ -106,6 +106,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, H, S, D] and log2 denominators [B, H, S]. `window`: the four fields of `patterns.Window`."""
     launch = _Launch((q, k, v), window, scale)
+    text_len, text_prefix, image_is_target = (x.contiguous() for x in (text_len, text_prefix, image_is_target))
     out, lse = _heads_last(q), _statistics(q)
     launch.run(
         "forward", forward_kernel, launch.text_tiles + launch.image_tiles,
@@ -130,7 +131,7 @@ def attention_backward(
     launch = _Launch((q, k, v, out, grad), window, scale)
     dq, dk, dv = (_heads_last(x) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    samples = (text_len, text_prefix, image_is_target)
+    samples = tuple(x.contiguous() for x in (text_len, text_prefix, image_is_target))
     launch.run(
         "closed_gradient" if launch.closed else "query_gradient", query_gradient_kernel,
         launch.text_tiles + launch.image_tiles,

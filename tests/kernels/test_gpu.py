@@ -88,10 +88,10 @@ def cuda_like(dtype=torch.bfloat16, channels=64):
 ])  # fmt: skip
 def test_why_triton_cannot_run_is_said_and_said_once(q, reason, monkeypatch, recwarn):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    runtime.why_no_triton.cache_clear()
+    runtime.look_for_triton.cache_clear()
     runtime.warn_once.cache_clear()
     with pytest.raises(ValueError, match=reason):
         can_run_triton(q, raise_error=True)
     assert not can_run_triton(q) and not can_run_triton(q)
     assert len([w for w in recwarn if reason in str(w.message)]) == (1 if q.is_cuda else 0)
-    runtime.why_no_triton.cache_clear()
+    runtime.look_for_triton.cache_clear()

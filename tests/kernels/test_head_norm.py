@@ -49,13 +49,13 @@ def test_what_does_not_fit_is_named(change, message):
 ])  # fmt: skip
 def test_why_triton_does_not_run_is_said_once(dtype, capability, reason, monkeypatch, recwarn):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    runtime.why_no_triton.cache_clear()
+    runtime.look_for_triton.cache_clear()
     runtime.warn_once.cache_clear()
     qkv = SimpleNamespace(is_cuda=True, numel=lambda: 1, dtype=dtype, device="cuda:0")
     assert not op._can_run_triton(qkv) and not op._can_run_triton(qkv)
     (warning,) = [str(w.message) for w in recwarn if reason in str(w.message)]
     assert warning.startswith("the norm of queries and keys runs in plain torch, slowly: ")
-    runtime.why_no_triton.cache_clear()
+    runtime.look_for_triton.cache_clear()
 
 
 @pytest.mark.gpu

@@ -131,3 +131,22 @@ def test_kernels_match_reference_over_the_whole_matrix(pattern, grid, text_slots
     for direction in DIRECTIONS:
         inputs, tensors = batch_for(direction, grid, text_slots)
         assert_matches_reference(run, inputs, torch.float64, 1e-12, grid=grid, pattern=pattern, **tensors)
+
+
+def test_integers_of_samples_may_be_strided():
+    inputs, tensors = batch_for("mixed", (3, 5), 5)
+    strided = {name: torch.stack([value, torch.full_like(value, 99)], 1)[:, 0] for name, value in tensors.items()}
+    assert all(not value.is_contiguous() for value in strided.values())
+    assert_matches_reference(run, inputs, torch.float64, 1e-12, grid=(3, 5), pattern="row", **strided)
+
+
+@pytest.mark.parametrize("wrong", [dict(text_prefix=-5), dict(text_len=-3), dict(text_len=-3, text_prefix=-5), dict(text_len=99)])
+def test_integers_that_cannot_be_read_nothing_out_of_bounds(wrong):
+    inputs, tensors = batch_for("mixed", (3, 5), 5)
+    around = []
+    for x in inputs:
+        wide = x.new_full((*x.shape[:2], x.shape[2] + 128, x.shape[3]), float("nan"))
+        wide[:, :, 64:-64] = x
+        around.append(wide[:, :, 64:-64])
+    samples = tensors | {name: torch.full_like(tensors[name], value) for name, value in wrong.items()}
+    assert all(x.isfinite().all() for x in output_and_gradients(run, *around, grid=(3, 5), pattern="column", **samples))

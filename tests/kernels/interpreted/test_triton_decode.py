@@ -26,3 +26,13 @@ def test_decode_kernel_matches_torch_for_sequences_at_different_slots(pattern, g
     half = [t.bfloat16() if t.is_floating_point() else t for t in call]
     got = decode(*half, [view.rows, view.cols, view.reach_rows, view.reach_cols], 0.3)
     assert got.dtype == torch.bfloat16 and (got.double() - want).abs().max() < 3e-2
+
+
+def test_decode_kernel_takes_a_slot_that_all_sequences_share():
+    q, image_k, image_v, _ = qkv(4, 2, patterns.cache_capacity("row", (6, 7)), 20)
+    _, text_k, text_v, _ = qkv(2, 2, 9, 20, seed=1)
+    view = patterns.window("row", (6, 7))
+    slots = torch.tensor([17], dtype=torch.int32).expand(4)
+    call = (q[:, :, 0], text_k, text_v, image_k, image_v, torch.tensor([9, 4], dtype=torch.int32), slots)
+    got = decode(*call, [view.rows, view.cols, view.reach_rows, view.reach_cols], 0.3)
+    assert (got - torch_decode(*call, view, 0.3)).abs().max() < 1e-12
