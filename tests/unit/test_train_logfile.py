@@ -140,6 +140,7 @@ def test_a_run_outlives_full_disks_stale_files_and_sinks_that_raise(tmp_path, mo
     for text in (
         "metrics.jsonl cannot be written: No space left", "metrics.jsonl is written again",
         "events.jsonl cannot be written", "events.jsonl is written again", "Failing gets nothing more",
-        "no heartbeat until", "heartbeat.json is written again", "STOP cannot be looked at", "STOP can be looked at again",
+        "no heartbeat until", "heartbeat.json is written again", "STOP cannot be looked at",
+        "STOP can be looked at again",
     ):  # fmt: skip
         assert said.count(text) == 1, text

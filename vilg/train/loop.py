@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
             time.sleep(_MAIN_FIRST)
         raise
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with distributed(device) as ranks:
+    with distributed(device, pause_timeout=recipe.guards.pause_timeout) as ranks:
         try:
             train(ranks.on_main(lambda: recipe), ranks, device, accept=accept)
         except SharedError as error:

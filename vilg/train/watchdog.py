@@ -50,8 +50,8 @@ class Watchdog:
     """A thread that ends the process with TRY_AGAIN when `beat` was not called for `timeout` seconds (0: never).
 
     A context manager. What has another rhythm (the start, a checkpoint, an evaluation, a sample sheet) goes inside
-    `aside`, which may take pause_timeout seconds (0: without end). Touches no file before a hang. Raises nothing: whatever
-    becomes of the report, the process ends at most grace + report_limit seconds after the limit.
+    `aside`, which may take pause_timeout seconds (0: without end). Touches no file before a hang. Raises nothing:
+    whatever becomes of the report, the process ends at most grace + report_limit seconds after the limit.
 
     say: may be set later, to the run's log. grace, report_limit and exit are for tests.
     """
