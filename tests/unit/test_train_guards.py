@@ -1,9 +1,11 @@
 """What guards a run, each by itself: spikes, watchdog, stragglers, recomputation, planted faults, requests by file."""
 
+import errno
 import math
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,15 +211,52 @@ def test_a_planted_fault_spoils_its_step_alone(kind):
 
 
 def test_a_stop_file_stays_and_a_save_file_goes_with_its_checkpoint(tmp_path):
-    requests = Requests(tmp_path, is_main=True)
+    requests = Requests(tmp_path, is_main=True, warn=pytest.fail)
     assert not requests.stop() and not requests.save()
     (tmp_path / "STOP").touch(), (tmp_path / "SAVE").touch()
     assert requests.stop() and requests.save() and not requests.save()
-    assert not Requests(tmp_path, is_main=False).stop()
+    assert not Requests(tmp_path, is_main=False, warn=pytest.fail).stop()
     requests.saved()
     assert not (tmp_path / "SAVE").exists() and (tmp_path / "STOP").exists()
     with pytest.raises(UserError, match="Remove it to continue"):
         refuse_stopped(tmp_path)
+
+
+def test_requests_that_cannot_be_looked_at_are_not_asked_with_one_warning(tmp_path, monkeypatch):
+    warnings = []
+    requests = Requests(tmp_path, is_main=True, warn=warnings.append)
+    (tmp_path / "STOP").touch(), (tmp_path / "SAVE").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", stale)
+        assert not any([requests.stop(), requests.stop(), requests.save(), requests.save()])
+        assert len(warnings) == 2 and "STOP cannot be looked at" in warnings[0] and "Stale" in warnings[0]
+    assert requests.stop() and requests.save()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stale)
+        requests.saved()
+    assert not requests.save()  # it is answered, although the file is still there
+    requests.saved()
+    assert not (tmp_path / "SAVE").exists()
+    assert [text.split("SAVE ")[1] for text in warnings if "SAVE" in text][1:] == [
+        "can be looked at again",
+        "was answered but stays: Stale file handle",
+    ]
+
+
+def stale(*_, **__):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_a_heartbeat_that_cannot_be_written_is_tried_again(tmp_path):
+    folder = tmp_path / "logs"
+    folder.touch()  # a file where the folder should be
+    heart = Heartbeat(folder, every=3600.0, steps=50, world_size=1)
+    with pytest.raises(UserError, match="heartbeat.json"):
+        heart.beat("training", 1, 5.0)
+    heart.beat("training", 2, 5.0)  # not before it is due
+    folder.unlink()
+    heart.beat("saving", 3)
+    assert read_heartbeat(folder)["step"] == 3
 
 
 def test_the_heartbeat_is_written_when_due_and_whenever_the_state_changes(tmp_path):

@@ -39,7 +39,7 @@ class StandIn:
 def test_wandb_is_offline_in_the_logs_folder_and_gets_figures_under_our_step(tmp_path, monkeypatch):
     standin = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", standin)
-    (sink,) = open_sinks(recipe("logging.wandb=offline", "name=mine"), tmp_path, resume_step=0)
+    (sink,) = open_sinks(recipe("logging.wandb=offline", "name=mine"), tmp_path, resume_step=0, warn=pytest.fail)
     sink.rows([ROW | {"val_loss": 5.5}])
     sink.event({"event": "save", "step": 10, "text": "saved"})
     sink.close()
@@ -72,12 +72,26 @@ def test_the_prometheus_file_has_help_type_and_the_last_figures(tmp_path):
 
 def test_a_prometheus_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match="logging.prometheus=.*none is no folder"):
-        open_sinks(recipe(f"logging.prometheus={tmp_path / 'none'}"), tmp_path, resume_step=0)
+        open_sinks(recipe(f"logging.prometheus={tmp_path / 'none'}"), tmp_path, resume_step=0, warn=pytest.fail)
 
 
-def test_a_sink_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys):
+def test_a_service_that_does_not_answer_at_the_start_is_left_out_with_a_warning(tmp_path, monkeypatch):
+    class Unreachable(StandIn):
+        def init(self, **options):
+            raise ConnectionError("timed out")
+
+    monkeypatch.setitem(sys.modules, "wandb", Unreachable())
+    warnings = []
+    asked = recipe("logging.wandb=online", f"logging.prometheus={tmp_path}")
+    (sink,) = open_sinks(asked, tmp_path, resume_step=0, warn=warnings.append)
+    assert isinstance(sink, Prometheus)
+    assert warnings == ["Wandb gets nothing in this start: ConnectionError: timed out"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("disk full"), KeyError("disk full")])
+def test_a_sink_that_fails_is_left_out_and_the_run_goes_on(tmp_path, capsys, error):
     def fail(*_):
-        raise OSError("disk full")
+        raise error
 
     failing = SimpleNamespace(rows=fail, event=fail, rewind=fail, close=fail)
     log = RunLog(tmp_path, rank=0, total_steps=10, resume_step=0, sinks=[failing])

@@ -1,12 +1,12 @@
 """Start and end of a process group: under torchrun, srun, or alone; and what one rank does when another has died."""
 
+import contextlib
 import os
 import socket
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -15,14 +15,19 @@ import torch.distributed as dist
 from vilg.config.environment import process_environment
 from vilg.errors import FAILED, UserError, exit_code_of
 from vilg.parallel.ranks import Ranks, SharedError
+from vilg.train.logfile import tell
 
 _TIMEOUT = timedelta(minutes=30)
+_LONGEST = timedelta(days=20)  # torch counts milliseconds in 32 bits in places
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Read timeout")
 
 
-@contextmanager
-def distributed(device: torch.device) -> Iterator[Ranks]:
+@contextlib.contextmanager
+def distributed(device: torch.device, *, pause_timeout: float | None = None) -> Iterator[Ranks]:
     """Join the process group that the environment describes, and leave it in order.
+
+    pause_timeout: seconds that the other ranks wait on the host for one that saves or loads (0: without end), as
+    `guards.pause_timeout` has them; None for commands without a recipe, which wait half an hour.
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under srun the first three come from
     SLURM_*; without either this is one process, which needs no port. In the end: barrier, destroy, flush (without them
@@ -42,7 +47,8 @@ def distributed(device: torch.device) -> Iterator[Ranks]:
     else:
         # No port for one process; the store lives in it. DeepSpeed asks for a group even then.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    ranks = Ranks(rank, world, local, dist.new_group(backend="gloo", timeout=_TIMEOUT) if world > 1 else None)
+    waits = host_timeout(pause_timeout)
+    ranks = Ranks(rank, world, local, dist.new_group(backend="gloo", timeout=waits) if world > 1 else None)
     try:
         yield ranks
         ranks.barrier()
@@ -58,8 +64,15 @@ def distributed(device: torch.device) -> Iterator[Ranks]:
         dist.destroy_process_group()
         for name in added:
             del os.environ[name]
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
+
+
+def host_timeout(pause_timeout: float | None) -> timedelta:
+    """How long the host's group waits. Longer than the watchdogs of the ranks that wait: theirs are the better words."""
+    if pause_timeout is None:
+        return _TIMEOUT
+    longest = _LONGEST.total_seconds()
+    return timedelta(seconds=min(pause_timeout + _TIMEOUT.total_seconds(), longest) if pause_timeout else longest)
 
 
 def leave_at_once(what: BaseException | str) -> None:
@@ -70,10 +83,15 @@ def leave_at_once(what: BaseException | str) -> None:
     code = exit_code_of(what) if isinstance(what, UserError) else FAILED
     if isinstance(what, BaseException):
         what = f"vilg: error: {what}" if isinstance(what, UserError) else "".join(traceback.format_exception(what))
-    print(what, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    tell(what)
+    _flush()
     os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a console on a full disk is no failure of what was done
+            stream.flush()
 
 
 def quiet() -> None:

@@ -29,14 +29,21 @@ KINDS = (
 )
 
 
-def append_event(folder: Path, kind: str, step: int, text: str, **details: Any) -> dict[str, Any]:
-    """Append an event to the folder's file and give it back."""
+def new_event(kind: str, step: int, text: str, **details: Any) -> dict[str, Any]:
+    """An event that happens now."""
     assert kind in KINDS, kind
-    row = {"time": round(time.time(), 3), "event": kind, "step": step, "text": text, **details}
-    # One short write: lines of two ranks do not mix, and a crash cuts at most the last one.
+    return {"time": round(time.time(), 3), "event": kind, "step": step, "text": text, **details}
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """The event's line of the file. A short write: lines of two ranks do not mix, and a crash cuts at most the last."""
+    return json.dumps(event, ensure_ascii=False) + "\n"
+
+
+def append_event(folder: Path, kind: str, step: int, text: str, **details: Any) -> None:
+    """Append an event that happens now to the folder's file. Raises OSError."""
     with open(folder / EVENTS_FILE, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return row
+        stream.write(event_line(new_event(kind, step, text, **details)))
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from vilg.errors import UserError
-from vilg.train.events import append_event
+from vilg.train.events import EVENTS_FILE, event_line, new_event
+from vilg.train.logfile import LogFile, tell
 from vilg.train.metrics import Window
 from vilg.train.sinks import Row, Sink
 from vilg.train.step import StepPlan, StepResult
@@ -24,48 +24,52 @@ _PARTS = (("image", "image_loss"), ("text", "text_loss"), ("pixels", "reconstruc
 class RunLog:
     """Open for one start of a run. `resume_step`: metrics of later steps, which will be done again, are removed.
 
-    sinks: where rows and events go as well; one that fails is reported and left out from then on.
+    sinks: where rows and events go as well; one that fails is reported and left out from then on. Raises OSError if a
+    file cannot be opened at first; later nothing, whatever fails (logfile.py).
     """
 
     def __init__(
         self, folder: Path, *, rank: int, total_steps: int, resume_step: int, sinks: list[Sink] | None = None
     ) -> None:
         self.folder, self.rank, self.total_steps = folder, rank, total_steps
-        self.own: TextIO = open(folder / f"rank_{rank}.log", "a", encoding="utf-8", buffering=1)
         self.pending: list[tuple[StepPlan, StepResult, dict[str, float | None]]] = []
-        self.metrics: TextIO | None = None
+        self.own = self._open(f"rank_{rank}.log")
+        self.metrics: LogFile | None = None
+        self.events: LogFile | None = None
         self.sinks = list(sinks or []) if rank == 0 else []
         if rank == 0:
-            self._open_metrics(resume_step)
+            cut_metrics(folder / METRICS_FILE, resume_step)
+            self.metrics, self.events = self._open(METRICS_FILE), self._open(EVENTS_FILE)
 
     def say(self, text: str) -> None:
         """A line for people: on the console from rank 0, in every rank's log file."""
-        self.own.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._note(text)
         if self.rank == 0:
-            print(text, flush=True)
+            tell(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """As `say`, on stderr, marked."""
-        self.own.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} warning: {text}\n")
+        self._note(f"warning: {text}")
         if self.rank == 0:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            tell(f"warning: {text}")
 
     def alarm(self, text: str) -> None:
         """On stderr from any rank, and in its log file: it may be the last thing that this rank says."""
-        self.own.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        print(text, file=sys.stderr, flush=True)
+        tell(text)  # first: the file may be what hangs
+        self._note(text)
 
     def event(
         self, kind: str, step: int, text: str, *, warn: bool = False, quiet: bool = False, **details: Any
     ) -> None:
         """As `say` (or `warn`; quiet: in no console), and a line of events.jsonl with the time, for monitors."""
         if quiet:
-            self.own.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._note(text)
         else:
             (self.warn if warn else self.say)(text)
-        if self.rank == 0:
-            row = append_event(self.folder, kind, step, text, **details)
-            self._each_sink(lambda sink: sink.event(row))
+        if self.events:
+            event = new_event(kind, step, text, **details)
+            self.events.write([event_line(event)])
+            self._each_sink(lambda sink: sink.event(event))
 
     def step(self, plan: StepPlan, result: StepResult) -> None:
         """Keep a step's numbers where they are, on the device, until `flush` reads them."""
@@ -86,37 +90,40 @@ class RunLog:
             rows[-1]["time"] = round(time.time(), 3)
             self.say(console_line(rows[-1], self.total_steps, window, device_word))
         if self.metrics:
-            self.metrics.writelines(json.dumps(row) + "\n" for row in rows)
-            self.metrics.flush()
+            self.metrics.write(json.dumps(row) + "\n" for row in rows)
         self._each_sink(lambda sink: sink.rows(rows))
 
     def rewind(self, step: int) -> None:
         """The run goes back: steps after this one will be done again, and their rows are removed."""
         self.flush()
         if self.metrics:
-            self.metrics.close()
-            self._open_metrics(step)
+            try:
+                cut_metrics(self.metrics.path, step)
+            except OSError as error:
+                self.warn(f"{self.metrics.path} holds steps after {step} that are done again: {error.strerror}")
         self._each_sink(lambda sink: sink.rewind(step))
 
     def close(self) -> None:
-        """Write what is pending and close all files."""
+        """Write what is pending, and say what could not be written."""
         self.flush()
         self._each_sink(lambda sink: sink.close())
-        if self.metrics:
-            self.metrics.close()
-        self.own.close()
+        for file in filter(None, (self.metrics, self.events, self.own)):
+            file.close()
 
-    def _open_metrics(self, last_step: int) -> None:
-        cut_metrics(self.folder / METRICS_FILE, last_step)
-        self.metrics = open(self.folder / METRICS_FILE, "a", encoding="utf-8")
+    def _open(self, name: str) -> LogFile:
+        # On stderr from any rank: the rank's own log is likely to be on the same disk.
+        return LogFile(self.folder / name, lambda text: tell(f"warning: rank {self.rank}: {text}"))
+
+    def _note(self, text: str) -> None:
+        self.own.write([f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"])
 
     def _each_sink(self, action: Callable[[Sink], None]) -> None:
         for sink in list(self.sinks):
             try:
                 action(sink)
-            except (OSError, UserError) as error:  # a monitor's full disk must not end a run
+            except Exception as error:  # whatever a package of others raises must not end a run
                 self.sinks.remove(sink)
-                self.warn(f"{type(sink).__name__} gets nothing more in this start: {error}")
+                self.warn(f"{type(sink).__name__} gets nothing more in this start: {type(error).__name__}: {error}")
 
 
 def console_line(row: dict, total_steps: int, window: Window, device_word: str) -> str:

@@ -14,7 +14,10 @@ from vilg.train.distributed import distributed
 from vilg.train.guards import StopSignals
 from vilg.train.open import open_run, read_arguments
 from vilg.train.requests import STOP_FILE
+from vilg.train.run import Run
+from vilg.train.rundir import LOGS
 from vilg.train.step import count, plan_step
+from vilg.train.watchdog import Watchdog
 
 # Seconds that rank 0 has to print what all ranks have found wrong; its launcher then ends the others. One that is still
 # there afterwards prints too: its node may see other files.
@@ -35,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
             time.sleep(_MAIN_FIRST)
         raise
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with distributed(device) as ranks:
+    with distributed(device, pause_timeout=recipe.guards.pause_timeout) as ranks:
         try:
             train(ranks.on_main(lambda: recipe), ranks, device, accept=accept)
         except SharedError as error:
@@ -50,9 +53,22 @@ def train(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequenc
 
     accept: keys that may differ from the recipe of the checkpoint that the run continues.
     """
-    run = open_run(recipe, ranks, device, accept=accept)
-    if run is None:
-        return
+    watchdog = Watchdog(
+        recipe.run_dir / LOGS,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=recipe.guards.hang_timeout,
+        pause_timeout=recipe.guards.pause_timeout,
+    )
+    with watchdog:
+        with watchdog.aside("opening the run"):
+            run = open_run(recipe, ranks, device, watchdog, accept=accept)
+        if run is not None:
+            _train(run)
+
+
+def _train(run: Run) -> None:
+    recipe = run.recipe
     with StopSignals() as stop, run.watch.running():
         run.save()  # before the first step: a bad disk or quota shows now
         steps = iter(run.loader)
@@ -61,7 +77,7 @@ def train(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequenc
                 batches = next(steps)
             # One exchange per step, on the host: what the loss is divided by, and what anybody was asked for.
             asked = stop.asked is not None or run.requests.stop(), run.requests.save()
-            stops, saves, *counts = ranks.sum(*asked, *count(batches))
+            stops, saves, *counts = run.ranks.sum(*asked, *count(batches))
             if stops:
                 break
             text_targets, image_targets, tokens = (n // run.grid.replicas for n in counts)

@@ -38,6 +38,7 @@ from vilg.train.rundir import DONE_FILE, LOGS, RunLock, open_run_dir, write_reci
 from vilg.train.samples import Sampler
 from vilg.train.sinks import open_sinks
 from vilg.train.watch import Watch
+from vilg.train.watchdog import Watchdog
 
 
 def read_arguments(argv: Sequence[str], *, world_size: int) -> tuple[Recipe, tuple[str, ...]]:
@@ -76,10 +77,13 @@ def data_fit(recipe: Recipe, image: ImageTokenizer) -> dict[str, Any]:
     return dict(spec=sequence_spec(recipe), image_tokenizer_hash=image.hash, image_size=side)
 
 
-def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequence[str] = ()) -> Run | None:
+def open_run(
+    recipe: Recipe, ranks: Ranks, device: torch.device, watchdog: Watchdog, *, accept: Sequence[str] = ()
+) -> Run | None:
     """Start or continue the run of a recipe; None if it is finished. All ranks call it.
 
-    accept: keys that may differ from the checkpoint's recipe. Raises UserError for everything that a user can mend:
+    watchdog: which watches over the start, and later over the run. accept: keys that may differ from the checkpoint's
+    recipe. Raises UserError for everything that a user can mend:
     another recipe's folder, files that do not fit each other, a damaged checkpoint.
     """
     layout = recipe.parallel
@@ -140,10 +144,14 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
         sampler = ranks.together(lambda: Sampler(recipe.samples, engine.model, text, image, seed=recipe.seed))
     # Opened last: it removes metrics of steps that will be done again, which a start that fails must not.
     logs, resume_step = recipe.run_dir / LOGS, before.step if before else 0
-    sinks = ranks.together(lambda: open_sinks(recipe, logs, resume_step=resume_step) if ranks.is_main else [])
-    log = RunLog(logs, rank=ranks.rank, total_steps=recipe.schedule.steps, resume_step=resume_step, sinks=sinks)
+    place, troubles = dict(resume_step=resume_step), []
+    sinks = ranks.together(lambda: open_sinks(recipe, logs, **place, warn=troubles.append) if ranks.is_main else [])
+    place |= dict(rank=ranks.rank, total_steps=recipe.schedule.steps)
+    log = ranks.together(lambda: RunLog(logs, sinks=sinks, **place))
     for note in notes:
         log.say(f"note: {note}")
+    for trouble in troubles:
+        log.warn(trouble)
     run = Run(
         recipe=recipe,
         ranks=ranks,
@@ -167,8 +175,8 @@ def open_run(recipe: Recipe, ranks: Ranks, device: torch.device, *, accept: Sequ
             recipe.run_dir, ranks=ranks, keep_last=recipe.checkpoint.keep_last, keep_every=recipe.checkpoint.keep_every
         ),
         guards=StepGuards(recipe.guards, ranks),
-        watch=Watch.build(recipe, grid, ranks, model=engine.model, log=log, device=device),
-        requests=Requests(recipe.run_dir, is_main=ranks.is_main),
+        watch=Watch.build(recipe, grid, ranks, watchdog, model=engine.model, log=log, device=device),
+        requests=Requests(recipe.run_dir, is_main=ranks.is_main, warn=log.warn),
     )
     if before:
         run.step, run.tokens, run.saved_step = before.step, before.tokens, before.step

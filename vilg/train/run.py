@@ -146,7 +146,7 @@ class Run:
         the state is copied to the host; otherwise return when LATEST is this step. Raises SharedError."""
         with self._aside("saving"):
             if self.saved_step != self.step:
-                self.log.flush()  # the metrics on the disk must reach at least as far as the checkpoint
+                self.log.flush()  # metrics reach as far as the checkpoint; a full disk is the save's own to report
                 if self.recipe.guards.spike_action == "rollback":
                     self.guards.spikes.in_a_row = 0  # it counts rollbacks to one checkpoint
                 self._begin_save(copy=background)

@@ -7,7 +7,8 @@ import importlib
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,15 +59,23 @@ class Sink(Protocol):
         ...
 
 
-def open_sinks(recipe: Recipe, folder: Path, *, resume_step: int) -> list[Sink]:
-    """Those that the recipe asks for. folder: the run's logs. Raises UserError for a missing package or folder."""
-    wanted, sinks = recipe.logging, []
+def open_sinks(recipe: Recipe, folder: Path, *, resume_step: int, warn: Callable[[str], None]) -> list[Sink]:
+    """Those that the recipe asks for. folder: the run's logs. One that cannot be opened, because its service does not
+    answer or for whatever reason, is warned about and left out. Raises UserError for a missing package or folder."""
+    wanted, makers, sinks = recipe.logging, [], []
     if wanted.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard", resume_step))
+        makers.append(partial(TensorBoard, folder / "tensorboard", resume_step))
     if wanted.wandb != "off":
-        sinks.append(Wandb(recipe, folder))
+        makers.append(partial(Wandb, recipe, folder))
     if wanted.prometheus is not None:
-        sinks.append(Prometheus(wanted.prometheus, recipe.name))
+        makers.append(partial(Prometheus, wanted.prometheus, recipe.name))
+    for make in makers:
+        try:
+            sinks.append(make())
+        except UserError:
+            raise
+        except Exception as error:
+            warn(f"{make.func.__name__} gets nothing in this start: {type(error).__name__}: {error}")
     return sinks
 
 

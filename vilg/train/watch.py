@@ -4,7 +4,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from vilg.tokens.sequence import SequenceBatch
 from vilg.train.faults import FaultPlan, read_faults
 from vilg.train.heartbeat import Heartbeat, State
 from vilg.train.log import RunLog
+from vilg.train.logfile import Trouble
 from vilg.train.metrics import Window
 from vilg.train.recompute import check_recomputation
 from vilg.train.stragglers import ForwardClock, RankTimes, StragglerReport
@@ -39,14 +40,20 @@ class Watch:
     clock: ForwardClock | None
     stragglers: StragglerReport | None
     step: int = 0
+    no_heartbeat: Trouble = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.no_heartbeat = Trouble(self.log.warn)
+        self.watchdog.say = self.log.alarm
 
     @classmethod
     def build(
-        cls, recipe: Recipe, grid: Grid, ranks: Ranks, *, model: nn.Module, log: RunLog, device: torch.device
-    ) -> "Watch":
-        """All ranks call it. Raises SharedError for a VILG_FAULT that cannot be."""
+        cls, recipe: Recipe, grid: Grid, ranks: Ranks, watchdog: Watchdog, *, model: nn.Module, log: RunLog,
+        device: torch.device,
+    ) -> "Watch":  # fmt: skip
+        """All ranks call it. watchdog: awake since before there was a log, which it gets now. Raises SharedError for a
+        VILG_FAULT that cannot be."""
         guards = recipe.guards
-        place = dict(rank=ranks.rank, world_size=ranks.world_size)
         faults = ranks.together(lambda: read_faults(os.environ, world_size=ranks.world_size))
         compares = guards.straggler_percent > 0 and ranks.world_size > 1
         return cls(
@@ -55,13 +62,7 @@ class Watch:
             ranks=ranks,
             model=model,
             log=log,
-            watchdog=Watchdog(
-                log.folder,
-                **place,
-                timeout=guards.hang_timeout,
-                pause_timeout=guards.pause_timeout,
-                say=log.alarm,
-            ),
+            watchdog=watchdog,
             heartbeat=Heartbeat(
                 log.folder,
                 every=recipe.logging.heartbeat_seconds if ranks.is_main else 0,
@@ -77,14 +78,13 @@ class Watch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around the loop: the watchdog is awake, and what ends the run is left in its events and its heartbeat."""
+        """Around the loop: what ends the run is left in its events and its heartbeat."""
         for fault in self.faults.faults:
             self.log.warn(f"VILG_FAULT: {fault} is planted on this rank")
         try:
-            self.watchdog.step = self.step
-            with self.watchdog:
-                self.beat("training")
-                yield
+            self.watchdog.beat(self.step)
+            self.beat("training")
+            yield
         except BaseException as error:
             text = f"{type(error).__name__}: {str(error)[:500]}"
             self.log.event("error", self.step, text, quiet=True)  # the command line prints it
@@ -116,12 +116,13 @@ class Watch:
         self.beat("training", loss)
 
     def beat(self, state: State, loss: float | None = None) -> None:
-        """Write the heartbeat, if it is time; one that cannot be written is reported once."""
+        """Write the heartbeat, if it is time; one that cannot be written is reported, and tried again."""
         try:
             self.heartbeat.beat(state, self.step, loss)
         except UserError as error:
-            self.heartbeat.every = 0
-            self.log.warn(f"no heartbeat from here on: {error}")
+            self.no_heartbeat.begin(f"no heartbeat until it can be written again: {error}")
+        else:
+            self.no_heartbeat.end(f"{self.heartbeat.path} is written again")
 
     def compare_ranks(self, window: Window, *, steps: int) -> dict[str, float]:
         """At a console line: name stragglers; figures for its row, empty without comparison. All ranks call it."""
