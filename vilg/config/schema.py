@@ -294,7 +294,7 @@ class GuardsConfig(Section):
     pause_timeout: float = Field(
         7200.0,
         ge=0,
-        description="Seconds that training may pause for a checkpoint, an evaluation or a sample sheet before that is a hang; "
+        description="Seconds that the start, a checkpoint, an evaluation or a sample sheet may take before that is a hang; "
         "0: without end. Only watched if hang_timeout is not 0.",
     )
     straggler_percent: float = Field(
