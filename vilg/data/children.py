@@ -6,10 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, SLURM's end of a job, its early warning
 
 
 def pool(workers: int) -> ProcessPoolExecutor:
@@ -35,13 +38,32 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def fork_server(preload: str) -> ForkServerContext:
+    """Context whose processes are forked from a server that has imported the module `preload`.
+
+    Neither the server nor what it forks receives STOP_SIGNALS, from the first instruction on: a blocked signal stays blocked
+    in what a process starts. Nothing is lost here: what arrives meanwhile is delivered afterwards.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        # Starting the tracker unblocks SIGINT and SIGTERM; the server's start would do so, were it not running by then.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
 def tie_to_parent() -> None:
     """Tie this process's life to its parent's and to nothing else.
 
-    Ctrl-C and SLURM's TERM reach every process of a job; the parent decides when to stop and then kills its children.
+    STOP_SIGNALS reach every process of a job; the parent decides when to stop and then ends its children.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 

@@ -6,22 +6,20 @@ micro-batch j, place p with i = (j * data_size + r) * micro_size + p. Order, dir
 dropout depend on (seed, purpose, g) only, so ranks, workers, micro-batches and restarts cannot change them.
 """
 
+import itertools
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader, Dataset
-
 from vilg.config.schema import DataConfig
 from vilg.data.blend import Blend, open_data, parts_of
-from vilg.data.children import tie_to_parent
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
 from vilg.data.patience import PatientBuilder
 from vilg.data.steps import StepBuilder, StepData, TextEncoder
+from vilg.data.workers import built_ahead
 from vilg.errors import UserError
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
 
@@ -29,7 +27,7 @@ __all__ = ["Blend", "Loader", "LoaderState", "SampleError", "TokenDataset", "Tok
 
 STATE_VERSION = 1
 ENOUGH_SEEN = 10_000  # samples before a share of bad ones means anything; fewer are judged as if they were so many
-_PREFETCH_STEPS = 4  # steps that each worker holds ready
+_STEPS_AHEAD = 4  # that each worker holds ready
 
 
 @dataclass(frozen=True)
@@ -133,10 +131,11 @@ class Loader:
         return LoaderState(STATE_VERSION, self._manifest_hash, self._seed, epoch, self._consumed)
 
     def __iter__(self) -> Iterator[list[SequenceBatch]]:
-        for data in self._steps(self._consumed):
-            self._account(data)
-            self._consumed += self._global_size
-            yield data.batches()
+        with closing(self._steps(self._consumed)) as steps:
+            for data in steps:
+                self._account(data)
+                self._consumed += self._global_size
+                yield data.batches()
 
     def _start(self, state: LoaderState | None, dataset: TokenDataset | Blend) -> int:
         if state is None:
@@ -151,25 +150,11 @@ class Loader:
         return state.samples_consumed
 
     def _steps(self, consumed: int) -> Iterator[StepData]:
+        firsts = itertools.count(consumed, self._global_size)
         if self._config.workers == 0:
-            while True:
-                yield self._builder(consumed)
-                consumed += self._global_size
-        # forkserver: a fork of a process that holds CUDA, NCCL or logging threads may hang; spawning imports torch anew
-        # for every worker. Its own generator: iterating a DataLoader would otherwise draw from torch's global one.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["vilg.data.steps"])
-        yield from DataLoader(
-            _Steps(self._builder),
-            batch_size=None,
-            sampler=_Starts(consumed, self._global_size),
-            num_workers=self._config.workers,
-            prefetch_factor=_PREFETCH_STEPS,
-            multiprocessing_context=context,
-            collate_fn=_same,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),
-        )
+            yield from map(self._builder, firsts)
+        else:
+            yield from built_ahead(self._builder, firsts, workers=self._config.workers, ahead=_STEPS_AHEAD)
 
     def _account(self, data: StepData) -> None:
         if data.failure is not None:
@@ -191,41 +176,6 @@ class Loader:
                 f"data.max_bad_fraction={self._config.max_bad_fraction} allows{where}{log}. "
                 "Check the data with `vilg data lint`, or raise data.max_bad_fraction"
             )
-
-
-class _Steps(Dataset):
-    """Maps the first global index of a step to that step; runs in the workers."""
-
-    def __init__(self, builder: PatientBuilder):
-        self.builder = builder
-
-    def __getitem__(self, first: int) -> StepData:
-        return self.builder(first)
-
-
-class _Starts:
-    """First global index of every step from `consumed` on, without end."""
-
-    def __init__(self, consumed: int, global_size: int):
-        self.consumed, self.global_size = consumed, global_size
-
-    def __iter__(self) -> Iterator[int]:
-        first = self.consumed
-        while True:
-            yield first
-            first += self.global_size
-
-
-def _start_worker(_worker: int) -> None:
-    """Torch's own watchdog looks at the fork server, which lives as long as its workers do: ours watch the trainer.
-
-    Signals to all of a job must not end them: the trainer needs them for its last step before the checkpoint.
-    """
-    tie_to_parent()
-
-
-def _same(item: StepData) -> StepData:
-    return item
 
 
 def bad_sample_path(run_dir: Path, rank: int, *, held_out: bool = False) -> Path:

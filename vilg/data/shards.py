@@ -205,6 +205,11 @@ class ShardReader:
 
     def close(self) -> None:
         os.close(self._fd)
+        del self._fd
+
+    def __del__(self) -> None:  # readers are left behind, unclosed, where a read is tried again with new ones
+        if hasattr(self, "_fd"):
+            self.close()
 
     def read(self, sample: int) -> dict[str, bytes]:
         """The present fields of a sample, in the order of `index.fields`; one `pread` where its members are close."""
