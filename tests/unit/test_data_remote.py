@@ -1,5 +1,6 @@
 """Token shards behind URLs: the samples of a local folder, through a bounded cache, with errors that name the URL."""
 
+import errno
 import http.server
 import os
 import pickle
@@ -217,6 +218,9 @@ def test_a_failing_server_is_asked_again_and_then_named(server, tmp_path):
     with pytest.raises(UserError, match=rf"^{server.url}/00000\.tar: could not be read in 3 attempts: .*500") as error:
         data.sample(600)
     assert error.value.exit_code == pickle.loads(pickle.dumps(error.value)).exit_code == TRY_AGAIN
+    with pytest.raises(UserError, match=rf"^{server.url}/manifest\.json: could not be read in 3 attempts") as error:
+        opened(server.url, tmp_path / "cache")
+    assert error.value.exit_code == TRY_AGAIN
     server.failing, server.ranges = 0, False
     with pytest.raises(UserError, match=r"00002\.tar.*in 3 attempts: .*bytes came where .*the server must know ranges"):
         data.sample(1200)
@@ -233,10 +237,93 @@ def test_stores_without_their_package_or_unknown_ones_say_what_to_do(tmp_path, m
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "cache").write_bytes(b"a file where a folder should be")
     with pytest.raises(UserError, match="pieces: Not a directory; data.cache_dir wants"):
-        PieceCache(tmp_path / "cache" / "pieces", 100).open("name", lambda: b"x")
+        PieceCache(tmp_path / "cache" / "pieces", 100).open("name", 1, lambda: b"x")
     make_shards(tmp_path / "tokens", [2])
     with pytest.raises(UserError, match=r"00000\.tar\.idx: cannot write: Not a directory; data\.cache_dir"):
         opened(f"file://{tmp_path / 'tokens'}", tmp_path / "cache").sample(0)
+
+
+def test_what_a_crash_of_the_node_has_cut_short_is_fetched_again_and_said_once(server, tokens, tmp_path, capfd):
+    cache, local, all_samples = tmp_path / "cache", TokenDataset.open(tokens), range(0, sum(SIZES), 100)
+    assert_same_samples(opened(server.url, cache), local, all_samples)
+    for file in (cache / "pieces").iterdir():
+        os.truncate(file, file.stat().st_size // 2)
+    for file, left in zip(sorted(cache.rglob("*.idx")), (0, 500, 2000), strict=True):
+        os.truncate(file, min(left, file.stat().st_size - 1))
+    assert_same_samples(opened(server.url, cache), local, all_samples)
+    said = capfd.readouterr().err
+    assert said.count("fetched again") == 1 and said.count(".tar.idx is no whole index") == len(SIZES)
+    (first, *_others) = (cache / "pieces").iterdir()
+    whole = first.read_bytes()
+    os.truncate(first, 0)
+    PieceCache(cache / "pieces", AMPLE).fetch_ahead(first.name, len(whole), lambda: whole)
+    server.asked.clear()
+    assert_same_samples(opened(server.url, cache), local, all_samples)
+    assert not server.asked
+
+
+class Disk:
+    """Refuses files below a folder where those that are there leave less than so many bytes."""
+
+    def __init__(self, folder: Path, room: int, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.room, self.create = folder, room, os.open
+        monkeypatch.setattr(os, "open", self)
+
+    def __call__(self, path, flags: int, *mode: int, **options) -> int:
+        if flags & os.O_CREAT and self.folder in Path(path).parents and self.taken() > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return self.create(path, flags, *mode, **options)
+
+    def taken(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+
+def test_on_a_disk_that_others_fill_pieces_make_room_for_each_other(tmp_path, monkeypatch):
+    cache, data = PieceCache(tmp_path / "c" / "pieces", AMPLE // 1000), {f"{i}-10000": bytes([i]) * 10000 for i in range(30)}
+    disk = Disk(tmp_path / "c", 100_000, monkeypatch)
+    for name, content in data.items():
+        file = cache.open(name, 10000, lambda content=content: content)
+        assert os.pread(file, 20000, 0) == content
+        os.close(file)
+        assert disk.taken() <= 110_000
+    left = {file.name for file in (tmp_path / "c" / "pieces").iterdir()}
+    assert left == set(list(data)[-len(left) :]) and len(left) > 5  # the longest unused go, and no more than is needed
+
+
+def test_without_any_room_small_pieces_are_read_from_memory_and_large_ones_end_the_run(tmp_path, monkeypatch, capfd):
+    Disk(tmp_path, -1, monkeypatch)
+    cache = PieceCache(tmp_path / "pieces", AMPLE)
+    for _ in range(2):
+        file = cache.open("a", 5, lambda: b"small")
+        assert os.pread(file, 9, 0) == b"small"
+        os.close(file)
+    cache.fetch_ahead("b", 5, lambda: pytest.fail("there is no place for it"))
+    assert capfd.readouterr().err.count("GiB free); every process keeps pieces in its memory") == 1
+    monkeypatch.setattr(pieces, "_IN_MEMORY", 4)
+    with pytest.raises(UserError, match=r"pieces: No space left on device \(.* GiB free\); data\.cache_dir wants") as error:
+        cache.open("a", 5, lambda: b"large")
+    assert error.value.exit_code == TRY_AGAIN and not list((tmp_path / "pieces").iterdir())
+
+
+def test_an_index_takes_the_room_of_pieces_and_is_a_reason_to_try_again_without(server, tokens, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    data = opened(server.url, cache)
+    data.sample(0)
+    state = "until pieces go"
+
+    def write_bytes(path: Path, content: bytes) -> int:
+        if state == "for good" or any((cache / "pieces").iterdir()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with open(path, "wb") as file:
+            return file.write(content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert data.sample(SIZES[0]).captions == TokenDataset.open(tokens).sample(SIZES[0]).captions
+    state = "for good"
+    message = r"00002\.tar\.idx: cannot write: No space left on device \(.* GiB free\); data\.cache_dir"
+    with pytest.raises(UserError, match=message) as error:
+        data.sample(SIZES[0] + 1)
+    assert error.value.exit_code == TRY_AGAIN
 
 
 def test_a_recipe_takes_a_url_as_it_is_and_wants_a_cache_for_it(repository, tmp_path):
@@ -261,14 +348,14 @@ def test_several_processes_fetch_once_and_none_waits_for_one_that_hangs(tmp_path
         go_on.wait(30)
         return b"slow"
 
-    holder = threading.Thread(target=lambda: os.close(cache.open("a", slow)))
+    holder = threading.Thread(target=lambda: os.close(cache.open("a", 4, slow)))
     holder.start()
     assert begun.wait(30)
-    cache.fetch_ahead("a", lambda: fetched.append("ahead") or b"")  # leaves it to the other
+    cache.fetch_ahead("a", 4, lambda: fetched.append("ahead") or b"")  # leaves it to the other
     monkeypatch.setattr(pieces, "_PATIENCE", 0.05)
-    file = cache.open("a", lambda: fetched.append("again") or b"quick")
-    assert fetched == ["again"] and os.pread(file, 9, 0) == b"quick"
+    file = cache.open("a", 4, lambda: fetched.append("again") or b"fast")
+    assert fetched == ["again"] and os.pread(file, 9, 0) == b"fast"
     go_on.set()
     holder.join(timeout=30)
-    assert os.pread(file, 9, 0) == b"quick"  # whole, though its name now leads to the other copy
+    assert os.pread(file, 9, 0) == b"fast"  # whole, though its name now leads to the other copy
     os.close(file)

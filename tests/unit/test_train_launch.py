@@ -3,6 +3,7 @@ on the real SLURM of tests/slurm, which covers the rest.
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,30 +25,48 @@ esac
 [ -z "${STOP:-}" ] || touch "$RUN/STOP"
 [ -z "${HOST_LOST:-}" ] || kill -9 "$PPID"
 [ -z "${SAID:-}" ] || echo "$SAID"
+if [ -n "${WARNED:-}" ]; then # it ends when it is told to, which the real srun tells the ranks
+    trap 'echo told >> "$NOTES/srun"; exit 0' USR1
+    kill -USR1 "$PPID"
+    for _ in {1..200}; do /bin/sleep 0.1; done
+fi
 echo "3: the rank's words"
 exit "${TRAIN:-0}"
 """
+# Gives the first SILENT calls of each kind no answer.
 SCONTROL = """#!/usr/bin/env bash
+case "$*" in
+    "show hostnames"*) ;;
+    *show*|requeue*|update*)
+        echo >> "$NOTES/asked $*"
+        if [ "$(wc -l < "$NOTES/asked $*")" -le "${SILENT:-0}" ]; then
+            echo "slurm_load error: Unable to contact slurm controller (connect failure)" >&2
+            exit 1
+        fi;;
+esac
 case "$*" in
     "show hostnames"*) echo node1; echo node2;;
     *"show node"*) echo "NodeName=$4 Arch=x NodeAddr=10.0.0.1 NodeHostName=$4";;
     *"show job"*) echo "JobId=1 ReqNodeList=(null) ExcNodeList=node7 Nice=0";;
-    *) echo "$@" >> "$NOTES/scontrol";;
+    *)
+        echo "$@" >> "$NOTES/scontrol"
+        [ -z "${FORBIDDEN:-}" ] || { echo "Requested operation is presently disabled for job 1" >&2; exit 1; };;
 esac
 """
+SCANCEL = "#!/bin/sh\nexit 1\n"  # no answer either
+SLEEP = '#!/bin/sh\necho >> "$NOTES/slept"\n'
 
 
 @pytest.fixture
 def submit(tmp_path):
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL), ("sleep", SLEEP)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
     def run(**settings: str) -> tuple[int, str, list[str]]:
-        """Exit code, what was started, and calls of scontrol, after a batch with these outcomes."""
-        for notes in ("srun", "scontrol"):
-            (tmp_path / "notes").mkdir(exist_ok=True)
-            (tmp_path / "notes" / notes).unlink(missing_ok=True)
+        """Exit code, what was started, and calls of scontrol, after a batch with these outcomes; its words are in `said`."""
+        shutil.rmtree(tmp_path / "notes", ignore_errors=True)
+        (tmp_path / "notes").mkdir()
         environment = {
             **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -62,8 +81,10 @@ def submit(tmp_path):
             "SLURM_NTASKS_PER_NODE": "4",
             **settings,
         }
-        command = [ROOT / "launch" / "train.sbatch", DEBUG_RECIPE, f"--run_dir={tmp_path / 'run'}"]
-        code = subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode
+        recipe = settings.pop("recipe", DEBUG_RECIPE)
+        command = [ROOT / "launch" / "train.sbatch", recipe, f"--run_dir={tmp_path / 'run'}"]
+        with open(tmp_path / "said", "w") as said:
+            code = subprocess.run(command, env=environment, stdout=said, stderr=said, timeout=60).returncode
         started, requeued = (tmp_path / "notes" / "srun"), (tmp_path / "notes" / "scontrol")
         started = started.read_text() if started.exists() else ""
         return code, started, requeued.read_text().splitlines() if requeued.exists() else []
@@ -171,6 +192,70 @@ def test_a_bad_node_joins_those_left_out_only_when_asked_and_does_not_count(subm
     for _ in range(4):
         code, _, calls = submit(**BAD_NODE, VILG_EXCLUDE_BAD="yes")
         assert code == 0 and calls == [*AGAIN, "update JobId=123456 ExcNodeList=node7,node2"]
+
+
+def slept(tmp_path: Path) -> int:
+    notes = tmp_path / "notes" / "slept"
+    return len(notes.read_text().splitlines()) if notes.exists() else 0
+
+
+def test_a_controller_that_does_not_answer_for_a_while_is_asked_again(submit, tmp_path):
+    code, started, requeued = submit(LATEST="step_00000010", SILENT="5")
+    assert code == 0 and requeued == AGAIN and "addr=10.0.0.1" in started and slept(tmp_path) == 10
+    code, _, calls = submit(**BAD_NODE, VILG_EXCLUDE_BAD="yes", SILENT="5")
+    assert code == 0 and calls == [*AGAIN, "update JobId=123456 ExcNodeList=node7,node2"]
+
+
+def test_without_any_answer_the_first_nodes_name_is_its_address_and_the_end_says_why(submit, tmp_path):
+    code, started, requeued = submit(LATEST="step_00000010", SILENT="1000000")
+    assert (code, requeued) == (1, []) and "addr=node1" in started and slept(tmp_path) >= 2 * 10
+    said = (tmp_path / "said").read_text()
+    assert "SLURM does not answer, nothing is requeued" in said and "does not requeue" not in said
+
+
+def test_a_cluster_that_forbids_requeueing_is_asked_once(submit, tmp_path):
+    code, _, requeued = submit(LATEST="step_00000010", FORBIDDEN="yes")
+    assert code == 1 and requeued == AGAIN and slept(tmp_path) == 0
+    assert "this cluster does not requeue" in (tmp_path / "said").read_text()
+
+
+def test_the_ranks_are_warned_though_the_controller_does_not_answer(submit):
+    code, started, requeued = submit(LATEST="step_00000010", WARNED="yes", VILG_PREFLIGHT="no")
+    assert code == 0 and requeued == AGAIN and started.endswith("told\n")
+
+
+ABSENT = "0: slurmstepd-node1: error: execve(): /shared/python: No such file or directory"
+ENDED = "srun: error: node1: task 0: Exited with exit code 2"
+
+
+@pytest.mark.parametrize("said", [f"{ABSENT}\n{ENDED}", f"{ENDED}\n{ABSENT}"])
+def test_a_node_without_the_interpreter_is_no_mistake_of_the_ranks(submit, tmp_path, said):
+    """SLURM gives the tasks exit code 2, the number of the error."""
+    assert submit(TRAIN="2", SAID=said)[::2] == (0, AGAIN)
+    assert not (tmp_path / "run" / "logs" / "mistake").exists()
+    assert submit(TRAIN="2", SAID=said, VILG_CHAINED="yes")[::2] == (75, [])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"SLURM_SUBMIT_DIR": "/not/mounted"}, "has no /not/mounted"),
+        ({"PYTHON": "/not/mounted/python"}, "has no /not/mounted/python"),
+        ({"VILG_RUN_DIR": "/proc/run"}, "cannot make /proc/run/logs"),
+    ],
+)
+def test_a_host_without_the_file_system_leaves_the_job_to_another_three_times(submit, tmp_path, setting, message):
+    for restart, (code, requeued) in {"0": (0, AGAIN), "2": (0, AGAIN), "3": (1, [])}.items():
+        assert submit(**setting, SLURM_RESTART_COUNT=restart) == (code, "", requeued)
+        assert message in (tmp_path / "said").read_text()
+    assert submit(**setting, VILG_CHAINED="yes") == (1, "", [])  # the next of its chain is another start
+
+
+def test_a_mistake_in_the_call_ends_the_job_at_once_with_its_message(submit, tmp_path):
+    assert submit(recipe="no-such.yaml") == (2, "", [])
+    assert "no-such.yaml" in (tmp_path / "said").read_text()
+    assert submit(SLURM_SUBMIT_DIR="")[1:] == ("", [])
+    assert "start this script with vilg submit or sbatch" in (tmp_path / "said").read_text()
 
 
 def test_local_script_says_how_it_is_used():

@@ -9,6 +9,7 @@ The samples are the same as from a local folder with that manifest, so a run may
 
 import json
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -21,7 +22,7 @@ import numpy as np
 from vilg.data.dataset import INDEX_FOLDER, TokenDataset, index_path, spare_index_folder
 from vilg.data.manifest import FILE_NAME, Manifest, ShardEntry
 from vilg.data.order import BLOCK_SAMPLES, WINDOW_SAMPLES
-from vilg.data.pieces import PieceCache
+from vilg.data.pieces import PieceCache, disk_is_full, free_space
 from vilg.data.shards import ShardIndex, ShardReader, file_sha256, fingerprint, index_shard, split_name
 from vilg.data.tar import ShardError, members, pread_all
 from vilg.errors import TRY_AGAIN, UserError
@@ -57,7 +58,7 @@ def _patiently(url: Url, action: Callable[[Any], Result]) -> Result:
     """`action` with the file system of a URL, several times if need be.
 
     Raises ShardError naming the URL: not there, forbidden, or no answer after all attempts; UserError if the package
-    for such URLs is missing.
+    for such URLs is missing; OSError if the disk is full to which `action` copies.
     """
     store = _filesystem(url)
     for pause in (*_PAUSES, None):
@@ -66,6 +67,8 @@ def _patiently(url: Url, action: Callable[[Any], Result]) -> Result:
         except (FileNotFoundError, PermissionError) as error:
             raise ShardError(url, f"cannot be read: {type(error).__name__}: {error}") from error
         except Exception as error:  # every kind of store has its own
+            if disk_is_full(error):
+                raise
             if pause is None:
                 what = f"{type(error).__name__}: {error}"
                 message = f"could not be read in {len(_PAUSES) + 1} attempts: {what}"
@@ -107,8 +110,9 @@ class RemoteDataset(TokenDataset):
         """Read and check the manifest. Raises UserError naming the URL, or data.cache_gib if that is too little."""
         url = Url(url)
         where = url / FILE_NAME
+        content = read_url(where)
         try:
-            data = json.loads(read_url(where).decode("utf-8"))
+            data = json.loads(content.decode("utf-8"))
         except ValueError as error:
             raise UserError(f"{where} cannot be read as JSON: {error}") from None
         manifest = Manifest.parse(data, where)
@@ -133,10 +137,14 @@ class RemoteDataset(TokenDataset):
     def shard_index(self, number: int) -> ShardIndex:
         """As of a local folder; kept under the cache directory (28 bytes a sample, beside `data.cache_gib`)."""
         entry = self.manifest.shards[number]
-        shard = self.folder / entry.name
-        if self.saved_index(number) is None:
-            saved = index_path(self.index_folders[0], entry.name)
-            self._fetch_index(index_path(Url(self.folder / INDEX_FOLDER), entry.name), shard, entry, saved)
+        if self.saved_index(number) is not None:
+            try:
+                return super().shard_index(number)
+            except ShardError as error:
+                note = f"note: {error.shard} is no whole index, perhaps since a crash of the node; it is made again"
+                print(note, file=sys.stderr, flush=True)
+        url, saved = (index_path(place, entry.name) for place in (Url(self.folder / INDEX_FOLDER), self.index_folders[0]))
+        self.cache.with_room(entry.bytes, lambda: self._fetch_index(url, self.folder / entry.name, entry, saved))
         return super().shard_index(number)
 
     def read_ahead(self, numbers: np.ndarray) -> None:
@@ -156,8 +164,7 @@ class RemoteDataset(TokenDataset):
             except IndexError:
                 return
             try:
-                name, fetch = self._piece(number, self._bounds(number, self.shard_index(number)), piece)
-                self.cache.fetch_ahead(name, fetch)
+                self.cache.fetch_ahead(*self._piece(number, self._bounds(number, self.shard_index(number)), piece))
             except UserError:  # whoever reads the sample meets it too, and says so
                 return
 
@@ -176,11 +183,11 @@ class RemoteDataset(TokenDataset):
         rows = np.arange(-(first % BLOCK_SAMPLES), len(index), BLOCK_SAMPLES).clip(0)
         return np.array([0, *index.table[rows[1:], 0].tolist(), index.bytes], np.int64)
 
-    def _piece(self, number: int, bounds: np.ndarray, piece: int) -> tuple[str, Callable[[], bytes]]:
-        """Name of a piece in the cache, and what fetches it."""
+    def _piece(self, number: int, bounds: np.ndarray, piece: int) -> tuple[str, int, Callable[[], bytes]]:
+        """Name of a piece in the cache, its size, and what fetches it."""
         entry, url = self.manifest.shards[number], self.folder / self.manifest.shards[number].name
         begin, end = int(bounds[piece]), int(bounds[piece + 1])
-        return f"{entry.sha256[:32]}-{begin}-{end}", lambda: read_url(url, begin, end)
+        return f"{entry.sha256[:32]}-{begin}-{end}", end - begin, lambda: read_url(url, begin, end)
 
     def _reader(self, number: int) -> ShardReader:
         reader = self._readers.get(number)
@@ -189,10 +196,10 @@ class RemoteDataset(TokenDataset):
             bounds = self._bounds(number, index)
 
             def opened(piece: int) -> int:
-                name, fetch = self._piece(number, bounds, piece)
+                name, size, fetch = self._piece(number, bounds, piece)
                 file = self._pieces.get(name)
                 if file is None:
-                    file = self._pieces[name] = self.cache.open(name, fetch)
+                    file = self._pieces[name] = self.cache.open(name, size, fetch)
                     if len(self._pieces) > _OPEN_PIECES:
                         os.close(self._pieces.popitem(last=False)[1])
                 else:
@@ -229,7 +236,8 @@ class RemoteDataset(TokenDataset):
         except ShardError as error:
             raise _of(url, error, temporary) from None
         except OSError as error:
-            raise UserError(f"{saved}: cannot write: {error.strerror}; data.cache_dir must be writable") from error
+            room = free_space(saved.parent, error)
+            raise UserError(f"{saved}: cannot write: {error.strerror}{room}; data.cache_dir must be writable") from error
         finally:
             if temporary.exists():
                 temporary.unlink()
@@ -257,7 +265,8 @@ class PieceReader(ShardReader):
         piece = int(np.searchsorted(self._bounds, offset, side="right")) - 1
         data = pread_all(self._opened(piece), offset - int(self._bounds[piece]), size)
         if len(data) < size:
-            raise ShardError(self.shard, "a piece in the cache is cut short; delete data.cache_dir", byte=offset)
+            message = "a piece in the cache was cut short while it was read; the next start fetches it again"
+            raise ShardError(self.shard, message, byte=offset, exit_code=TRY_AGAIN)
         return data
 
 
