@@ -5,8 +5,9 @@
 
 Exits with 1 if a kernel spills registers, needs more shared memory than the device has or uses no tensor cores. The
 specialisation (divisibility by 16, arguments equal to 1) is taken from recorded launches of the public ops, so what is
-gated is what runs: for any number of text slots, heads and samples the same binary, since no kernel is specialised on them
-(with a text of one slot ptxas crashed); decoding with four candidates a program, two and one. Needs ptxas, cuobjdump and nvdisasm, which Triton's wheel carries.
+gated is what runs: for any number of text slots, samples and heads (the norm's kernels aside, which divide by the heads) the
+same binary, since no kernel is specialised on them (with a text of one slot ptxas crashed); decoding with four candidates a
+program, two and one. Needs ptxas, cuobjdump and nvdisasm, which Triton's wheel carries.
 """
 
 from __future__ import annotations

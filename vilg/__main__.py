@@ -70,7 +70,8 @@ COMMANDS: dict[str, Command] = {c.words: c for commands in GROUPS.values() for c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, what the command returned, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; the exit code: 0, what the command returned, a UserError's (2 for a mistake, 75 for what another
+    start may find mended), 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text())

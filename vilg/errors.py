@@ -12,7 +12,7 @@ TRY_AGAIN = os.EX_TEMPFAIL  # 75: nothing to mend; batch scripts start the same 
 # connection refused) may be over when the next start comes, perhaps on another node.
 _LASTING = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
-    errno.EROFS, errno.EINVAL, None,
+    errno.EROFS, errno.EINVAL, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT,
 }  # fmt: skip
 
 
@@ -20,15 +20,16 @@ class UserError(ValueError):
     """A mistake in what the user gave: a recipe, a file, a shard, a prompt. The message names the file, key or shard, the
     value found and what would work. The command line prints it without a traceback and exits with `exit_code`.
 
-    With TRY_AGAIN nobody made a mistake: a port or a folder is taken, a store does not answer. That is the default for one
-    that is made while an OSError of such a kind is handled.
+    With TRY_AGAIN nobody made a mistake: a port or a folder is taken, a store does not answer. One that is made while an
+    OSError or another UserError is handled has that one's code, unless it is given its own.
     """
 
     def __init__(self, message: str, exit_code: int | None = None) -> None:
         super().__init__(message)
         handled = sys.exc_info()[1]
-        of_system = isinstance(handled, OSError) and exit_code is None
-        self.exit_code: int = exit_code_of(handled) if of_system else exit_code or USER_MISTAKE
+        if exit_code is None:
+            exit_code = exit_code_of(handled) if isinstance(handled, (OSError, UserError)) else USER_MISTAKE
+        self.exit_code: int = exit_code
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -36,5 +37,6 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, UserError):
         return error.exit_code
     if isinstance(error, OSError):
-        return USER_MISTAKE if error.errno in _LASTING else TRY_AGAIN
+        # None: of Python's own making, as for a picture that is cut short; below zero: of a host that has no such name
+        return USER_MISTAKE if (error.errno or 0) <= 0 or error.errno in _LASTING else TRY_AGAIN
     return FAILED

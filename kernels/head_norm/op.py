@@ -35,7 +35,7 @@ def split_heads(
     Raises ValueError, with the values and what would work, for shapes, dtypes or devices that do not fit.
     """
     _check(qkv, q_weight, k_weight, kind)
-    if _can_run_triton(qkv):
+    if has_kernel(qkv):
         from kernels.head_norm.triton_op import triton_split_heads
 
         return triton_split_heads(qkv, q_weight, k_weight, kind == "layernorm", eps)
@@ -57,7 +57,8 @@ def _norm(x: Tensor, weight: Tensor, kind: Kind, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, None, eps)
 
 
-def _can_run_triton(qkv: Tensor) -> bool:
+def has_kernel(qkv: Tensor) -> bool:
+    """Whether `split_heads` of this tensor runs the Triton kernel; where a GPU does not, one warning says why."""
     if not qkv.is_cuda or not qkv.numel():
         return False
     if qkv.dtype in TRITON_DTYPES:

@@ -52,7 +52,7 @@ def test_why_triton_does_not_run_is_said_once(dtype, capability, reason, monkeyp
     runtime.look_for_triton.cache_clear()
     runtime.warn_once.cache_clear()
     qkv = SimpleNamespace(is_cuda=True, numel=lambda: 1, dtype=dtype, device="cuda:0")
-    assert not op._can_run_triton(qkv) and not op._can_run_triton(qkv)
+    assert not op.has_kernel(qkv) and not op.has_kernel(qkv)
     (warning,) = [str(w.message) for w in recwarn if reason in str(w.message)]
     assert warning.startswith("the norm of queries and keys runs in plain torch, slowly: ")
     runtime.look_for_triton.cache_clear()

@@ -29,11 +29,11 @@ AMPLE = 1 << 30
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder with byte ranges. asked: (name, begin, end) of every GET; failing: GETs to answer with 500."""
+    """Serves a folder with byte ranges. asked: (name, begin, end) of every GET; failing: GETs to answer with `status`."""
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.folder, self.failing, self.ranges = folder, 0, True
+        self.folder, self.failing, self.status, self.ranges = folder, 0, 500, True
         self.asked: list[tuple[str, int, int]] = []
         self.url = f"http://127.0.0.1:{self.server_port}/tokens"
 
@@ -53,7 +53,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         path = server.folder / name
         if body and server.failing:
             server.failing -= 1
-            self.send_error(500)
+            self.send_error(server.status)
             return
         if not path.is_file():
             self.send_error(404)
@@ -221,9 +221,14 @@ def test_a_failing_server_is_asked_again_and_then_named(server, tmp_path):
     with pytest.raises(UserError, match=rf"^{server.url}/manifest\.json: could not be read in 3 attempts") as error:
         opened(server.url, tmp_path / "cache")
     assert error.value.exit_code == TRY_AGAIN
+    server.status = 403
+    with pytest.raises(UserError, match=r"00000\.tar: cannot be read: .*403") as error:
+        data.sample(600)
+    assert error.value.exit_code == 2 and server.failing > 90  # asked once
     server.failing, server.ranges = 0, False
-    with pytest.raises(UserError, match=r"00002\.tar.*in 3 attempts: .*bytes came where .*the server must know ranges"):
+    with pytest.raises(UserError, match=r"00002\.tar.*bytes came where .*the server must know ranges") as error:
         data.sample(1200)
+    assert error.value.exit_code == 2
 
 
 def test_stores_without_their_package_or_unknown_ones_say_what_to_do(tmp_path, monkeypatch):

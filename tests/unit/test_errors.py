@@ -2,9 +2,16 @@
 
 import errno
 import pickle
+import socket
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
+from tests.golden.make import ROOT
+from vilg.checkpoint import tensors
+from vilg.config import load_recipe
 from vilg.data.tar import ShardError
 from vilg.errors import FAILED, TRY_AGAIN, USER_MISTAKE, UserError, exit_code_of
 from vilg.parallel.ranks import Ranks, SharedError
@@ -12,7 +19,7 @@ from vilg.parallel.ranks import Ranks, SharedError
 KINDS = [
     (errno.ENOENT, USER_MISTAKE), (errno.EACCES, USER_MISTAKE), (errno.ENOTDIR, USER_MISTAKE), (None, USER_MISTAKE),
     (errno.EIO, TRY_AGAIN), (errno.ESTALE, TRY_AGAIN), (errno.ENOSPC, TRY_AGAIN), (errno.EDQUOT, TRY_AGAIN),
-    (errno.ETIMEDOUT, TRY_AGAIN), (errno.ECONNREFUSED, TRY_AGAIN), (errno.EADDRINUSE, TRY_AGAIN),
+    (errno.EADDRNOTAVAIL, USER_MISTAKE), (socket.EAI_NONAME, USER_MISTAKE), (errno.ETIMEDOUT, TRY_AGAIN), (errno.ECONNREFUSED, TRY_AGAIN), (errno.EADDRINUSE, TRY_AGAIN),
 ]  # fmt: skip
 
 
@@ -30,6 +37,44 @@ def test_the_systems_error_decides_and_the_message_of_whoever_handles_it_keeps_t
             raise UserError(f"recipe: {error}") from None
     assert found.value.exit_code == exit_code_of(pickle.loads(pickle.dumps(found.value))) == code
     assert UserError("afterwards").exit_code == USER_MISTAKE
+    with pytest.raises(UserError) as wrapped:
+        try:
+            raise found.value
+        except UserError as error:
+            raise UserError(f"line 3: {error}") from None
+    assert wrapped.value.exit_code == code
+
+
+@pytest.mark.parametrize("save, of_library, error", [
+    (tensors.save_tensors, "torch.save", RuntimeError("unexpected pos 64 vs 0")),
+    (tensors.save_safetensors, "save_file", SafetensorError("No space left on device (os error 28)")),
+    (tensors.save_safetensors, "save_file", of_system(errno.ENOSPC)),
+])  # fmt: skip
+def test_a_full_disk_is_not_the_recipes_fault_whatever_the_libraries_call_it(tmp_path, monkeypatch, save, of_library, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"vilg.checkpoint.tensors.{of_library}", full)
+    with pytest.raises(UserError, match="cannot write .*weights") as found:
+        save({"a": torch.zeros(3)}, tmp_path / "weights")
+    assert found.value.exit_code == TRY_AGAIN
+
+
+def test_a_recipe_whose_base_or_deepspeed_file_does_not_answer_is_not_wrong(tmp_path, monkeypatch):
+    recipe = ROOT / "launch" / "recipes" / "10b.yaml"
+    for name in ("300m.yaml", "zero"):  # its base, and one of ds_configs
+        read = Path.read_text
+
+        def stale(path, *args, name=name, **kwargs):
+            if path.name.startswith(name):
+                raise of_system(errno.ESTALE)
+            return read(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", stale)
+            with pytest.raises(UserError, match="said the system") as found:
+                load_recipe(recipe)
+        assert found.value.exit_code == TRY_AGAIN
 
 
 def test_a_code_that_is_given_counts():

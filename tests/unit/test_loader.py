@@ -371,3 +371,11 @@ def test_samples_without_a_question_that_fits_are_replaced_and_counted(tmp_path)
     steps, [one] = global_steps(folder, 5, config={"directions": "answer"})
     assert {_caption(row) for step in steps for row in step["text_target"]} == {"yes"}
     assert one.bad_samples == {"no question": 12, "question too long": 12, "bad json": 24}
+
+
+def test_bad_samples_that_cannot_be_listed_are_left_out_all_the_same(spoilt, tmp_path, capfd):
+    expected, _ = global_steps(spoilt, 13, quarantine=tmp_path / "listed.jsonl")
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    found, _ = global_steps(spoilt, 13, quarantine=tmp_path / "full.jsonl")
+    assert_same(found, expected)
+    assert capfd.readouterr().err.count("full.jsonl: bad samples are missing there: No space left on device") == 1

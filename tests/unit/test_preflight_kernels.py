@@ -35,7 +35,7 @@ def test_right_kernels_pass_in_every_precision(precision, attention):
 
 
 def test_the_norm_of_queries_and_keys_is_checked_where_it_has_a_kernel(monkeypatch):
-    monkeypatch.setattr(kernel_check, "_uses_triton", lambda *_: True)
+    monkeypatch.setattr(kernel_check, "has_kernel", lambda *_: True)
     row, _ = row_of(recipe())
     assert row.status == "ok" and "row, column, conv, query-key norm (" in row.detail
     right = kernel_check.split_heads

@@ -14,6 +14,7 @@ from tests.golden.make import DEBUG_RECIPE
 from vilg.config import load_recipe
 from vilg.config.environment import process_environment
 from vilg.config.schema import GuardsConfig, OptimizerConfig, ScheduleConfig
+from vilg.data.children import STOP_SIGNALS
 from vilg.errors import TRY_AGAIN, UserError
 from vilg.model.vilg import Vilg
 from vilg.tokens.sequence import SequenceSpec
@@ -96,7 +97,7 @@ def test_guard_stops_after_more_nonfinite_steps_in_a_row_than_allowed():
         guard.check(6, result(skipped=True), config)
 
 
-@pytest.mark.parametrize("number", StopSignals.SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back(number):
     before = signal.getsignal(number)
     with StopSignals() as stop:

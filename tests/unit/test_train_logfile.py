@@ -84,6 +84,20 @@ def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
     assert path.read_text() == "one\ntwo\nthree\n"
 
 
+def test_steps_that_will_be_done_again_are_not_kept_for_later(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = RunLog(tmp_path, rank=0, total_steps=10, resume_step=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(logfile, "_append", full)
+        log.metrics.write(json.dumps({"step": step}) + "\n" for step in (1, 2, 3))
+        log.rewind(1)
+    log.metrics.write([json.dumps({"step": 2}) + "\n"])
+    log.close()
+    assert [json.loads(row)["step"] for row in log.metrics.path.read_text().splitlines()] == [1, 2]
+
+
 def test_a_log_folder_that_is_missing_shows_at_the_start(tmp_path):
     with pytest.raises(OSError, match="none"):
         RunLog(tmp_path / "none", rank=1, total_steps=10, resume_step=0)

@@ -4,12 +4,13 @@ start."""
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 from tests.golden.make import DEBUG_RECIPE, ROOT, train_environment
 from vilg.errors import FAILED, TRY_AGAIN
 from vilg.train.events import read_events
-from vilg.train.watchdog import stacks_path
+from vilg.train.watchdog import Watchdog, stacks_path
 
 PATIENCE = 120.0  # seconds until a process that should have ended within three counts as one that hangs
 WATCHED = """
@@ -79,6 +80,12 @@ def test_code_that_keeps_the_interpreters_lock_is_ended_with_its_stack_on_stderr
 def test_code_that_keeps_the_interpreters_lock_is_ended_although_the_console_hangs(tmp_path):
     with full_stderr() as console:
         assert end_of(tmp_path, "keeps_the_lock", stderr=console)[0] == FAILED
+
+
+def test_a_limit_of_a_lifetime_is_one_that_the_timer_can_count(tmp_path):
+    with Watchdog(tmp_path, rank=0, world_size=1, timeout=0.2, pause_timeout=1e15) as dog, dog.aside("saving"):
+        time.sleep(0.5)
+        assert dog._thread.is_alive()
 
 
 def test_a_report_that_does_not_hang_is_waited_for(tmp_path):

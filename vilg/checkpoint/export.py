@@ -28,7 +28,7 @@ from vilg.checkpoint.reader import Weights, open_weights
 from vilg.checkpoint.reconstructor_file import RECONSTRUCTOR_FILE, kept_weights, read_reconstructor_file, trained_tokenizer
 from vilg.checkpoint.state import RunState, read_state
 from vilg.checkpoint.stream import Progress, load_when_used, plan_files, write_weights
-from vilg.checkpoint.tensors import write_failure
+from vilg.checkpoint.tensors import write_exit_code, write_failure
 from vilg.checkpoint.verify import ReadFiles
 from vilg.config.schema import ModelConfig, SamplesConfig
 from vilg.errors import UserError
@@ -124,7 +124,8 @@ def export(
                 difference = _verified(partial, checkpoint, DTYPES[dtype], bar.update)
         _publish(partial, out)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {write_failure(error)}; nothing was left there") from error
+        what = f"cannot write {out}: {write_failure(error)}; nothing was left there"
+        raise UserError(what, write_exit_code(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(out, state.step, parameters, size, difference)

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError, exit_code_of
 
 # What DeepSpeed 0.19 puts into its checkpoint files beside tensors, containers, numbers and text.
 DEEPSPEED_CLASSES = (
@@ -54,7 +54,7 @@ def save_tensors(state: Any, path: Path | str) -> str:
             os.fsync(stream.fileno())
         return summed.checksum
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError for a full disk
-        raise UserError(f"cannot write {path}: {write_failure(error)}") from error
+        raise UserError(f"cannot write {path}: {write_failure(error)}", write_exit_code(error)) from error
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> str:
@@ -67,7 +67,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, *, metadata: 
             os.fsync(stream.fileno())
         return checksum(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {write_failure(error)}") from error
+        raise UserError(f"cannot write {path}: {write_failure(error)}", write_exit_code(error)) from error
 
 
 def checksum(path: Path) -> str:
@@ -148,6 +148,11 @@ def write_failure(error: Exception) -> str:
         return error.strerror
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{first_line} (is the disk full?)"
+
+
+def write_exit_code(error: Exception) -> int:
+    """Of the UserError that tells of a failed write: the libraries' own exceptions mean a full disk."""
+    return exit_code_of(error) if isinstance(error, OSError) else TRY_AGAIN
 
 
 def _foreign(value: Any, place: str) -> str | None:

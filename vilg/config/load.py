@@ -12,7 +12,7 @@ from vilg.config.marked import KeyPath, Marked, Place, did_you_mean, dotted, rea
 from vilg.config.problems import NotGiven
 from vilg.config.schema import Recipe, Section
 from vilg.config.validate import partial, validate
-from vilg.errors import UserError
+from vilg.errors import TRY_AGAIN, UserError
 
 _OVERRIDE = re.compile(r"(?:--)?([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
 
@@ -153,6 +153,8 @@ def _cross_problems(recipe: Any, marked: Marked, world_size: int | None) -> list
     except NotGiven:
         pass  # the key itself is wrong, which the schema has said
     except UserError as error:
+        if error.exit_code == TRY_AGAIN:
+            raise
         found.append((marked.place(("parallel", "deepspeed")), str(error)))
     for problem in find_problems(recipe, surroundings(values, world_size=world_size)):
         found.append((marked.place(tuple(problem.key.split("."))), problem.message))

@@ -288,8 +288,8 @@ class GuardsConfig(Section):
         ge=0,
         le=1800,
         description="Seconds without a finished step after which every rank leaves its stacks and ends (exit code 75); 0: "
-        "never. Checkpoints, evaluations and sample sheets have a limit of their own; collectives give up by themselves "
-        "after 1800.",
+        "never. The start, checkpoints, evaluations and sample sheets have a limit of their own. Without this watch a GPU's "
+        "collectives give up after 1800, ranks that wait for another's host after 1800 more than pause_timeout.",
     )
     pause_timeout: float = Field(
         7200.0,

@@ -8,6 +8,7 @@ dropout depend on (seed, purpose, g) only, so ranks, workers, micro-batches and 
 
 import itertools
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +19,7 @@ from vilg.config.schema import DataConfig
 from vilg.data.blend import Blend, open_data, parts_of
 from vilg.data.dataset import SampleError, TokenDataset, TokenSample
 from vilg.data.patience import PatientBuilder
-from vilg.data.steps import StepBuilder, StepData, TextEncoder
+from vilg.data.steps import BadSample, StepBuilder, StepData, TextEncoder
 from vilg.data.workers import built_ahead
 from vilg.errors import UserError
 from vilg.tokens.sequence import SequenceBatch, SequenceSpec
@@ -104,6 +105,7 @@ class Loader:
             )
         self._manifest_hash, self._seed, self._num_samples = dataset.manifest_hash, seed, dataset.num_samples
         self._global_size, self._config, self._quarantine = global_size, data_config, quarantine
+        self._unlisted = False
         self._consumed = self._start(state, dataset)
         builder = StepBuilder(
             dataset=dataset,
@@ -162,9 +164,7 @@ class Loader:
         self.samples_seen += data.num_samples
         self.bad_samples.update(bad.reason for bad in data.bad)
         if data.bad and self._quarantine is not None:
-            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._quarantine, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(bad), ensure_ascii=False) + "\n" for bad in data.bad)
+            self._list(data.bad, self._quarantine)
         total = self.bad_samples.total()
         if total > self._config.max_bad_fraction * max(self.samples_seen, ENOUGH_SEEN):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in self.bad_samples.most_common())
@@ -176,6 +176,17 @@ class Loader:
                 f"data.max_bad_fraction={self._config.max_bad_fraction} allows{where}{log}. "
                 "Check the data with `vilg data lint`, or raise data.max_bad_fraction"
             )
+
+    def _list(self, bad: list[BadSample], path: Path) -> None:
+        """Append to the list of bad samples. That is for people: where it cannot be written, a note says so once."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in bad)
+        except OSError as error:
+            if not self._unlisted:
+                print(f"note: {path}: bad samples are missing there: {error.strerror}", file=sys.stderr, flush=True)
+            self._unlisted = True
 
 
 def bad_sample_path(run_dir: Path, rank: int, *, held_out: bool = False) -> Path:

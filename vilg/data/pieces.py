@@ -107,7 +107,7 @@ class PieceCache:
         try:
             return self._put(name, content)
         except UserError as error:
-            if not disk_is_full(error) or len(content) > _IN_MEMORY:
+            if not disk_is_full(error) or len(content) > _IN_MEMORY or not hasattr(os, "memfd_create"):  # Linux alone has it
                 raise
             self._say("full", f"the disk is full{free_space(self.folder, error)}; every process keeps pieces in its memory")
         file = os.memfd_create(name, os.MFD_CLOEXEC)

@@ -25,10 +25,11 @@ from vilg.data.order import BLOCK_SAMPLES, WINDOW_SAMPLES
 from vilg.data.pieces import PieceCache, disk_is_full, free_space
 from vilg.data.shards import ShardIndex, ShardReader, file_sha256, fingerprint, index_shard, split_name
 from vilg.data.tar import ShardError, members, pread_all
-from vilg.errors import TRY_AGAIN, UserError
+from vilg.errors import TRY_AGAIN, USER_MISTAKE, UserError
 
 Result = TypeVar("Result")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+_REFUSALS = (401, 403, 410)  # HTTP: unauthorized, forbidden, gone
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before a read that failed is tried again
 _FETCHERS = 4  # threads of a process that fetch ahead, while there is anything to fetch
 _OPEN_PIECES = 64  # file descriptors per process; a window of the order touches 32 at most
@@ -48,7 +49,7 @@ def read_url(url: Url, begin: int | None = None, end: int | None = None) -> byte
     def read(store: Any) -> bytes:
         data = store.cat_file(url, start=begin, end=end)
         if end is not None and len(data) != end - begin:
-            raise OSError(f"{len(data)} bytes came where {end - begin} were asked for; the server must know ranges")
+            raise UserError(f"{len(data)} bytes came where {end - begin} were asked for; the server must know ranges", USER_MISTAKE)
         return data
 
     return _patiently(url, read)
@@ -64,15 +65,16 @@ def _patiently(url: Url, action: Callable[[Any], Result]) -> Result:
     for pause in (*_PAUSES, None):
         try:
             return action(store)
-        except (FileNotFoundError, PermissionError) as error:
-            raise ShardError(url, f"cannot be read: {type(error).__name__}: {error}") from error
         except Exception as error:  # every kind of store has its own
+            if isinstance(error, (FileNotFoundError, PermissionError)) or getattr(error, "status", 0) in _REFUSALS:
+                raise ShardError(url, f"cannot be read: {type(error).__name__}: {error}", exit_code=USER_MISTAKE) from error
             if disk_is_full(error):
                 raise
             if pause is None:
                 what = f"{type(error).__name__}: {error}"
                 message = f"could not be read in {len(_PAUSES) + 1} attempts: {what}"
-                raise ShardError(url, message, exit_code=TRY_AGAIN) from error
+                lasting = isinstance(error, UserError)  # of `action`
+                raise ShardError(url, message, exit_code=USER_MISTAKE if lasting else TRY_AGAIN) from error
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 

@@ -92,7 +92,7 @@ def _child(work: Work, device: str, part: tuple[int, int], count: SharedCount, m
             device=device, threads=work.threads, max_bad_fraction=work.max_bad_fraction, part=part, count=count,
         )  # fmt: skip
     except UserError as error:
-        mistakes.send(str(error))
+        mistakes.send((str(error), error.exit_code))
         raise SystemExit(1) from None
 
 
@@ -102,10 +102,10 @@ def _check(child: BaseProcess, mistakes: Connection) -> None:
     if child.exitcode == 0:
         return
     try:
-        message = mistakes.recv()
+        message, exit_code = mistakes.recv()
     except EOFError:
         raise RuntimeError(f"process {child.name!r} ended with exit code {child.exitcode}; see above") from None
-    raise UserError(message)
+    raise UserError(message, exit_code)
 
 
 class _Bar:

@@ -20,6 +20,7 @@ T = TypeVar("T")
 class SharedError(UserError):
     """A UserError that every rank raises with the same message, so that one of them may print it for all."""
 
+
 @dataclass(frozen=True)
 class Ranks:
     """Place of this process among all. group: a gloo group of all processes, None where there is only one."""

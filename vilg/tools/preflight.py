@@ -16,13 +16,13 @@ import torch
 from vilg.config import load_recipe, take_overrides
 from vilg.data.manifest import write_json
 from vilg.errors import TRY_AGAIN
-from vilg.parallel.ranks import Ranks, SharedError
+from vilg.parallel.ranks import Ranks
 from vilg.tokens.files import write_atomically
 from vilg.tools.findings import Report, Row
 from vilg.tools.kernel_check import check_kernels
 from vilg.tools.machines import check_machines
 from vilg.tools.storage import check_storage
-from vilg.train.distributed import distributed
+from vilg.train.distributed import distributed, one_voice
 
 BAD = 1
 
@@ -32,16 +32,11 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     overrides, rest = take_overrides(argv)
     options = _parser().parse_args(rest)
-    with distributed(device) as ranks:
-        try:
-            report = examine(options.recipe, overrides, ranks, device, accept=options.accept)
-            passed = verdict(report, exclude_bad=options.exclude_bad)
-            if ranks.is_main:
-                _print(report, options, passed=passed)
-        except SharedError as error:
-            if ranks.is_main:
-                raise
-            raise SystemExit(error.exit_code) from None
+    with distributed(device) as ranks, one_voice(ranks):
+        report = examine(options.recipe, overrides, ranks, device, accept=options.accept)
+        passed = verdict(report, exclude_bad=options.exclude_bad)
+        if ranks.is_main:
+            _print(report, options, passed=passed)
     return {True: 0, False: BAD, None: TRY_AGAIN}[passed]
 
 

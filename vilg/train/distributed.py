@@ -67,6 +67,17 @@ def distributed(device: torch.device, *, pause_timeout: float | None = None) -> 
         _flush()
 
 
+@contextlib.contextmanager
+def one_voice(ranks: Ranks) -> Iterator[None]:
+    """What all ranks have found wrong is said by rank 0; the others end with the same exit code."""
+    try:
+        yield
+    except SharedError as error:
+        if ranks.is_main:
+            raise
+        raise SystemExit(error.exit_code) from None
+
+
 def host_timeout(pause_timeout: float | None) -> timedelta:
     """How long the host's group waits. Longer than the watchdogs of the ranks that wait: theirs are the better words."""
     if pause_timeout is None:

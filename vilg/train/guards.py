@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 from vilg.config.schema import GuardsConfig
+from vilg.data.children import STOP_SIGNALS
 from vilg.parallel.ranks import Ranks, SharedError
 from vilg.train.log import RunLog
 from vilg.train.spikes import SpikeGuard
@@ -108,14 +109,12 @@ class StopSignals:
     forward a Ctrl-C that the terminal has already delivered; SIGKILL is always safe (checkpoint/save.py).
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
     def __init__(self) -> None:
         self.asked: str | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -97,6 +97,7 @@ class RunLog:
         """The run goes back: steps after this one will be done again, and their rows are removed."""
         self.flush()
         if self.metrics:
+            self.metrics.forget(lambda row: json.loads(row)["step"] > step)
             try:
                 cut_metrics(self.metrics.path, step)
             except OSError as error:

@@ -73,6 +73,11 @@ class LogFile:
                 self._lost = 0
                 self._trouble.end(f"{self.path} is written again{lost}")
 
+    def forget(self, unwanted: Callable[[str], bool]) -> None:
+        """Drop such lines of those that are kept."""
+        with self._lock:
+            self._kept = deque(line for line in self._kept if not unwanted(line))
+
     def close(self) -> None:
         """Try the lines that were kept for the last time, and say how many are lost."""
         self.write(())

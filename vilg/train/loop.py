@@ -9,8 +9,8 @@ import torch
 from vilg.config.environment import process_environment
 from vilg.config.schema import Recipe
 from vilg.errors import UserError
-from vilg.parallel.ranks import Ranks, SharedError
-from vilg.train.distributed import distributed
+from vilg.parallel.ranks import Ranks
+from vilg.train.distributed import distributed, one_voice
 from vilg.train.guards import StopSignals
 from vilg.train.open import open_run, read_arguments
 from vilg.train.requests import STOP_FILE
@@ -38,13 +38,8 @@ def main(argv: Sequence[str]) -> int:
             time.sleep(_MAIN_FIRST)
         raise
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with distributed(device, pause_timeout=recipe.guards.pause_timeout) as ranks:
-        try:
-            train(ranks.on_main(lambda: recipe), ranks, device, accept=accept)
-        except SharedError as error:
-            if ranks.is_main:
-                raise
-            raise SystemExit(error.exit_code) from None  # rank 0 prints the message for all
+    with distributed(device, pause_timeout=recipe.guards.pause_timeout) as ranks, one_voice(ranks):
+        train(ranks.on_main(lambda: recipe), ranks, device, accept=accept)
     return 0
 
 

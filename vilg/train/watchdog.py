@@ -25,6 +25,7 @@ from vilg.train.events import append_event
 from vilg.train.logfile import tell
 
 GRACE_SECONDS = 10.0  # between a rank's report and its end, so that every rank has reported before the first one ends
+_LONGEST = 1e9  # seconds that the timer in C can count
 REPORT_SECONDS = 30.0  # that a report may take; one that takes longer waits for a file system that does not answer
 
 
@@ -134,7 +135,7 @@ class Watchdog:
         the process unless it is put off again. limit: seconds (0: no timer)."""
         if limit > 0:
             late = limit + self.grace + self.report_limit + self._tick
-            faulthandler.dump_traceback_later(late, exit=True, file=self._backstop)
+            faulthandler.dump_traceback_later(min(late, _LONGEST), exit=True, file=self._backstop)
         else:
             faulthandler.cancel_dump_traceback_later()
 
@@ -171,7 +172,7 @@ def _stderr_that_never_blocks() -> int:
     itself would hold for every process that shares it. Where that cannot be done (a socket) nothing is said.
     """
     try:
-        return os.open("/dev/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+        return os.open("/dev/fd/2", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return os.open(os.devnull, os.O_WRONLY)
 
