@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import socket
 import tempfile
 import time
@@ -22,6 +23,8 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from vilg.data.children import STOP_SIGNALS
 
 
 def free_port() -> int:
@@ -116,6 +119,7 @@ def _rank_main(send, target, rank, world_size, args, environment, store) -> None
     import torch.distributed as dist
 
     os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a test of this process may have started the server for workers
     torch.set_num_threads(1)
     try:
         if store is not None:

@@ -42,7 +42,8 @@ def fork_server(preload: str) -> ForkServerContext:
     """Context whose processes are forked from a server that has imported the module `preload`.
 
     Neither the server nor what it forks receives STOP_SIGNALS, from the first instruction on: a blocked signal stays blocked
-    in what a process starts. Nothing is lost here: what arrives meanwhile is delivered afterwards.
+    in what a process starts. Nothing is lost here: what arrives meanwhile is delivered afterwards. A process has one server
+    for all: what else is forked from it has to unblock them.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
