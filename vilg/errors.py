@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import sys
 
 FAILED = 1
@@ -37,6 +38,8 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, UserError):
         return error.exit_code
     if isinstance(error, OSError):
-        # None: of Python's own making, as for a picture that is cut short; below zero: of a host that has no such name
-        return USER_MISTAKE if (error.errno or 0) <= 0 or error.errno in _LASTING else TRY_AGAIN
+        # None: of Python's own making, as for a picture that is cut short; below zero: no host has that name
+        number = error.errno or 0
+        lasting = number in _LASTING or (number <= 0 and number != socket.EAI_AGAIN)
+        return USER_MISTAKE if lasting else TRY_AGAIN
     return FAILED

@@ -19,7 +19,7 @@ from vilg.parallel.ranks import Ranks, SharedError
 KINDS = [
     (errno.ENOENT, USER_MISTAKE), (errno.EACCES, USER_MISTAKE), (errno.ENOTDIR, USER_MISTAKE), (None, USER_MISTAKE),
     (errno.EIO, TRY_AGAIN), (errno.ESTALE, TRY_AGAIN), (errno.ENOSPC, TRY_AGAIN), (errno.EDQUOT, TRY_AGAIN),
-    (errno.EADDRNOTAVAIL, USER_MISTAKE), (socket.EAI_NONAME, USER_MISTAKE), (errno.ETIMEDOUT, TRY_AGAIN), (errno.ECONNREFUSED, TRY_AGAIN), (errno.EADDRINUSE, TRY_AGAIN),
+    (errno.EADDRNOTAVAIL, USER_MISTAKE), (socket.EAI_NONAME, USER_MISTAKE), (socket.EAI_AGAIN, TRY_AGAIN), (errno.ETIMEDOUT, TRY_AGAIN), (errno.ECONNREFUSED, TRY_AGAIN), (errno.EADDRINUSE, TRY_AGAIN),
 ]  # fmt: skip
 
 
@@ -58,6 +58,13 @@ def test_a_full_disk_is_not_the_recipes_fault_whatever_the_libraries_call_it(tmp
     with pytest.raises(UserError, match="cannot write .*weights") as found:
         save({"a": torch.zeros(3)}, tmp_path / "weights")
     assert found.value.exit_code == TRY_AGAIN
+
+
+def test_a_folder_that_is_missing_is_a_mistake_whatever_the_libraries_call_it(tmp_path):
+    for save in (tensors.save_tensors, tensors.save_safetensors):
+        with pytest.raises(UserError, match="cannot write .*weights") as found:
+            save({"a": torch.zeros(3)}, tmp_path / "missing" / "weights")
+        assert found.value.exit_code == USER_MISTAKE
 
 
 def test_a_recipe_whose_base_or_deepspeed_file_does_not_answer_is_not_wrong(tmp_path, monkeypatch):

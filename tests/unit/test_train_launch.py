@@ -216,7 +216,7 @@ def test_without_any_answer_the_first_nodes_name_is_its_address_and_the_end_says
 def test_a_cluster_that_forbids_requeueing_is_asked_once(submit, tmp_path):
     code, _, requeued = submit(LATEST="step_00000010", FORBIDDEN="yes")
     assert code == 1 and requeued == AGAIN and slept(tmp_path) == 0
-    assert "this cluster does not requeue" in (tmp_path / "said").read_text()
+    assert "SLURM does not requeue this job" in (tmp_path / "said").read_text()
 
 
 def test_the_ranks_are_warned_though_the_controller_does_not_answer(submit):

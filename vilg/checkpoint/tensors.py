@@ -4,6 +4,7 @@
 plain classes (a number, a pair of integers, a loss scale), and refuses everything else, naming it.
 """
 
+import errno
 import os
 import pickle
 import re
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vilg.errors import TRY_AGAIN, UserError, exit_code_of
+from vilg.errors import UserError, exit_code_of
 
 # What DeepSpeed 0.19 puts into its checkpoint files beside tensors, containers, numbers and text.
 DEEPSPEED_CLASSES = (
@@ -151,8 +152,12 @@ def write_failure(error: Exception) -> str:
 
 
 def write_exit_code(error: Exception) -> int:
-    """Of the UserError that tells of a failed write: the libraries' own exceptions mean a full disk."""
-    return exit_code_of(error) if isinstance(error, OSError) else TRY_AGAIN
+    """Of the UserError that tells of a failed write. Safetensors' own exception ends in "(os error 28)"; without a number, as
+    in torch's, the disk was full."""
+    if not isinstance(error, OSError):
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        error = OSError(int(number[1]) if number else errno.ENOSPC, str(error))
+    return exit_code_of(error)
 
 
 def _foreign(value: Any, place: str) -> str | None:

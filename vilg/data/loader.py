@@ -11,7 +11,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -170,7 +170,7 @@ class Loader:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in self.bad_samples.most_common())
             last = data.bad[-1] if data.bad else None
             where = f"; the last was {last.shard} key {last.key!r}: {last.detail}" if last else ""
-            log = f"; all of them are listed in {self._quarantine}" if self._quarantine else ""
+            log = f"; all of them are listed in {self._quarantine}" if self._quarantine and not self._unlisted else ""
             raise UserError(
                 f"{total} of {self.samples_seen} samples are bad ({reasons}), more than "
                 f"data.max_bad_fraction={self._config.max_bad_fraction} allows{where}{log}. "
@@ -185,7 +185,8 @@ class Loader:
                 file.writelines(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in bad)
         except OSError as error:
             if not self._unlisted:
-                print(f"note: {path}: bad samples are missing there: {error.strerror}", file=sys.stderr, flush=True)
+                with suppress(OSError):  # the console may be on the same disk
+                    print(f"note: {path}: bad samples are missing there: {error.strerror}", file=sys.stderr, flush=True)
             self._unlisted = True
 
 

@@ -29,7 +29,7 @@ from vilg.errors import TRY_AGAIN, USER_MISTAKE, UserError
 
 Result = TypeVar("Result")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-_REFUSALS = (401, 403, 410)  # HTTP: unauthorized, forbidden, gone
+_REFUSALS = ("401", "403", "410")  # HTTP: unauthorized, forbidden, gone
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before a read that failed is tried again
 _FETCHERS = 4  # threads of a process that fetch ahead, while there is anything to fetch
 _OPEN_PIECES = 64  # file descriptors per process; a window of the order touches 32 at most
@@ -66,7 +66,7 @@ def _patiently(url: Url, action: Callable[[Any], Result]) -> Result:
         try:
             return action(store)
         except Exception as error:  # every kind of store has its own
-            if isinstance(error, (FileNotFoundError, PermissionError)) or getattr(error, "status", 0) in _REFUSALS:
+            if isinstance(error, (FileNotFoundError, PermissionError)) or _is_refusal(error):
                 raise ShardError(url, f"cannot be read: {type(error).__name__}: {error}", exit_code=USER_MISTAKE) from error
             if disk_is_full(error):
                 raise
@@ -77,6 +77,12 @@ def _patiently(url: Url, action: Callable[[Any], Result]) -> Result:
                 raise ShardError(url, message, exit_code=USER_MISTAKE if lasting else TRY_AGAIN) from error
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Over HTTP, or as gcsfs says it."""
+    status = error.status if hasattr(error, "status") else getattr(error, "code", None)
+    return str(status) in _REFUSALS or (isinstance(error, OSError) and str(error).startswith("Forbidden"))
 
 
 def _filesystem(url: Url) -> Any:

@@ -29,8 +29,8 @@ _QKV = ("queries", "keys", "values")
 
 def check_kernels(report: Report, recipe: Recipe, ranks: Ranks, device: torch.device) -> None:
     """Add the row; all ranks call it. It comes last: a kernel that reads out of bounds leaves the device unusable."""
-    tokens, with_triton = recipe.tokens, _uses_triton(recipe, device)
-    if not with_triton and tokens.text_slots + tokens.grid[0] * tokens.grid[1] > _MOST_ON_CPU:
+    tokens = recipe.tokens
+    if device.type == "cpu" and tokens.text_slots + tokens.grid[0] * tokens.grid[1] > _MOST_ON_CPU:
         report.rows.append(Row("kernels", "absent", "plain torch, which needs no check, and sequences are long"))
         return
     worst, wrong, done = 0.0, None, []
@@ -51,7 +51,7 @@ def check_kernels(report: Report, recipe: Recipe, ranks: Ranks, device: torch.de
         return
     report.rows.append(Row("kernels", "ok", (
         f"{', '.join(done)} ({recipe.precision}, {tokens.text_slots} + {tokens.grid[0]} x {tokens.grid[1]} slots, "
-        f"{'Triton' if with_triton else 'plain torch'}): outputs and gradients within "
+        f"{'Triton' if _uses_triton(recipe, device) else 'plain torch'}): outputs and gradients within "
         f"{max(worst for worst, _ in found):.1g} of fp64's"
     )))  # fmt: skip
 
