@@ -17,6 +17,7 @@ from vilg.checkpoint.load import latest_checkpoint
 from vilg.checkpoint.save import Saver
 from vilg.checkpoint.state import STATE_FILE, RunState, read_state
 from vilg.checkpoint.tensors import checksum
+from vilg.errors import TRY_AGAIN
 from vilg.parallel.ranks import Ranks, SharedError
 
 RECIPE = {
@@ -156,7 +157,7 @@ def test_a_disk_that_fills_during_a_save_is_named_and_the_checkpoint_before_stay
 ):
     run = small_disk / "run"
     overrides = {**common, **TORCH.overrides(), "run_dir": run, "checkpoint.asynchronous": asynchronous}
-    assert vilg(["train", str(DEBUG_RECIPE), *arguments(overrides)]) == 2
+    assert vilg(["train", str(DEBUG_RECIPE), *arguments(overrides)]) == TRY_AGAIN
     told = capsys.readouterr().err
     assert "step_00000003 could not be saved" in told and "No space left" in told and "step_00000000, is intact" in told
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000000"]
