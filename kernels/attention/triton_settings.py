@@ -33,7 +33,7 @@ def launch_config(kernel: str, block_d: int, itemsize: int, capability: int, vie
     """Warps, pipeline stages and register limit of `forward`, `query_gradient`, `closed_gradient` (a query gradient that
     also gives dK and dV), `text_key_gradient` and `image_key_gradient`; the compile gate checks that none spills.
 
-    `capability`: 80 (also for later devices below 90) or 90. Four warps run a 64 x 64 tile as one warp group of
+    `capability`: 90 for Hopper, 80 for all others (`runtime.device_capability`). Four warps run a 64 x 64 tile as one warp group of
     Hopper's; the gradients of Ampere spill registers with four.
     """
     config = _usual_config(kernel, block_d, itemsize, capability)

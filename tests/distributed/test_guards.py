@@ -92,6 +92,8 @@ def check_runs(data, folder: Path, names: list[str]) -> dict[str, Path]:
 def test_a_nan_and_a_spike_on_one_rank_skip_one_step_everywhere(data, tmp_path):
     found = check_runs(data, tmp_path, ["data", "tensor", "pipeline"])
     stragglers = [event for event in read_events(found["data"] / "logs") if event["event"] == "straggler"]
+    rows = [json.loads(line) for line in (found["data"] / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["forward_seconds_slowest"] > 0 for row in rows if "slowest_rank" in row) and "slowest_rank" in rows[-1]
     assert any("is a straggler: " in event["text"] for event in stragglers)  # forward, or on a busy machine a wait
 
 

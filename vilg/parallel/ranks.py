@@ -5,6 +5,7 @@ Tensors of the model go through the groups of `grid.py`; this is for counts, fla
 
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -80,7 +81,8 @@ class Ranks:
             if not isinstance(error, (OSError, UserError)):
                 if self.world_size == 1:
                     raise
-                traceback.print_exc()  # no user's doing: where it happened is worth more than what it says
+                with suppress(OSError):  # a full console must not keep this rank from the others
+                    traceback.print_exc()  # no user's doing: where it happened is worth more than what it says
             reason, cause = (str(error) or type(error).__name__, exit_code_of(error)), error
         failed = [(rank, why) for rank, why in enumerate(self.gather(reason)) if why is not None]
         if failed:

@@ -1,4 +1,5 @@
-"""`vilg preflight RECIPE`: what would stop or slow a long run, found in seconds before it starts.
+"""`vilg preflight RECIPE`: what would stop or slow a long run, found before it starts: in seconds, or in a minute
+where kernels are compiled for the first time.
 
 Runs alone or on all ranks under torchrun or srun; rank 0 prints one table. Exit code 0 if nothing is bad, 1 otherwise, and
 75 without a verdict (`passed` is null in the JSON file) if another start may find all that is bad mended, unless bad nodes
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilg preflight",
         description="Check recipe, machines and data before a long run. Alone, or on all ranks under torchrun or srun.",
-        epilog="exit code 0: nothing is bad; 1: something is; 75: something is that may be over soon; 2: the recipe itself is wrong",
+        epilog="exit code 0: nothing is bad; 1: something is; 75: something is that may be over soon; 2: the recipe is wrong",
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and every rank's figures there too")

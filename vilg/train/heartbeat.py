@@ -39,17 +39,18 @@ class Heartbeat:
         """Whether the next `beat` would write although the state stays the same."""
         return self.every > 0 and time.monotonic() - self._tried >= self.every
 
-    def beat(self, state: State, step: int, loss: float | None = None) -> None:
-        """Write, if it is time. loss: of the last step; None keeps the one written before.
+    def beat(self, state: State, step: int, loss: float | None = None) -> bool:
+        """Write, if it is time; whether it was. loss: of the last step; None keeps the one written before.
 
         Raises UserError if it cannot be written; the next try is at the next change of state, or after `every` seconds.
         """
         self.loss = self.loss if loss is None else loss
         if self.every <= 0 or (state == self._state and not self.due()):
-            return
+            return False
         self._tried, self._state = time.monotonic(), state
         row = {"format_version": HEARTBEAT_VERSION, "time": round(time.time(), 3), "state": state, "step": step}
         write_atomically(self.path, (json.dumps({**row, "loss": self.loss, **self.fixed}) + "\n").encode())
+        return True
 
 
 def read_heartbeat(folder: Path) -> dict[str, Any] | None:

@@ -83,8 +83,8 @@ def open_run(
     """Start or continue the run of a recipe; None if it is finished. All ranks call it.
 
     watchdog: which watches over the start, and later over the run. accept: keys that may differ from the checkpoint's
-    recipe. Raises UserError for everything that a user can mend:
-    another recipe's folder, files that do not fit each other, a damaged checkpoint.
+    recipe. Raises UserError for everything that a user can mend: another recipe's folder, files that do not fit each
+    other, a damaged checkpoint.
     """
     layout = recipe.parallel
     grid = Grid.build(tensor=layout.tensor, pipeline=layout.pipeline, sequence_parallel=layout.sequence)

@@ -133,10 +133,12 @@ class Run:
             return
         with self._aside("drawing"):
             name = f"step_{self.step:08d}.png"
-            path = self.recipe.run_dir / SAMPLES / name if self.ranks.is_main else None
+            codes = self.sampler.draw()
             try:
-                self.sampler.draw(path, title=f"{self.recipe.name}, step {self.step}")
-            except (OSError, UserError) as error:  # the main rank could not write it: no reason to end the run
+                if self.ranks.is_main:
+                    path = self.recipe.run_dir / SAMPLES / name
+                    self.sampler.write(codes, path, title=f"{self.recipe.name}, step {self.step}")
+            except (OSError, UserError) as error:  # no reason to end the run
                 self.log.event("draw", self.step, f"{SAMPLES}/{name} could not be written: {error}", warn=True)
                 return
         self.log.event("draw", self.step, f"drew {SAMPLES}/{name}", file=f"{SAMPLES}/{name}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vilg.config.schema import SamplesConfig
 from vilg.errors import UserError
@@ -31,20 +32,21 @@ class Sampler:
                     f"{model.spec.text_slots} (tokens.text_slots)"
                 )
 
-    def draw(self, path: Path | None, *, title: str) -> None:
-        """Draw all prompts and write a sheet to `path`; None draws without writing.
+    def draw(self) -> Tensor:
+        """Codes int64 [prompts, slots] of all prompts.
 
         Every rank draws, because a model that is spread over ranks needs them all, and the others would only wait.
         """
-        device = next(self.model.parameters()).device
         self.model.eval()
         # A prompt's random stream hangs on its place in the list and the run's seed.
         seeds = [self.seed * 1_000_003 + i for i in range(len(self.prompts))]
         codes = generate_codes(self.model, self.model.spec, self.prompts, num=1, seeds=seeds, sampling=self.sampling)
         self.model.train()
-        if path is None:
-            return
+        return codes.view(len(self.prompts), -1)
+
+    def write(self, codes: Tensor, path: Path, *, title: str) -> None:
+        """A sheet of what `draw` gave. Raises OSError or UserError if it cannot be written."""
         with torch.inference_mode():
-            images = self.image.to(device).decode(codes.view(len(self.prompts), *self.model.spec.grid))
+            images = self.image.to(codes.device).decode(codes.view(len(self.prompts), *self.model.spec.grid))
         path.parent.mkdir(parents=True, exist_ok=True)
         grid_sheet(list(to_uint8(images)), list(self.config.prompts), path, title=title)

@@ -118,11 +118,10 @@ class Watch:
     def beat(self, state: State, loss: float | None = None) -> None:
         """Write the heartbeat, if it is time; one that cannot be written is reported, and tried again."""
         try:
-            self.heartbeat.beat(state, self.step, loss)
+            if self.heartbeat.beat(state, self.step, loss):
+                self.no_heartbeat.end(f"{self.heartbeat.path} is written again")
         except UserError as error:
             self.no_heartbeat.begin(f"no heartbeat until it can be written again: {error}")
-        else:
-            self.no_heartbeat.end(f"{self.heartbeat.path} is written again")
 
     def compare_ranks(self, window: Window, *, steps: int) -> dict[str, float]:
         """At a console line: name stragglers; figures for its row, empty without comparison. All ranks call it."""

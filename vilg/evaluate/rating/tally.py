@@ -151,7 +151,7 @@ def _value(path: Path, entry: str, row: Mapping[str, Any], criterion: Criterion)
     try:
         number = int(value)  # type: ignore[arg-type]
         right = float(value) == number and criterion.least <= number <= criterion.most  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of JSON's Infinity
         right = False
     if not right:
         raise UserError(f"{path}: item {entry}: {criterion.name} is {value!r}, not from {criterion.least} to {criterion.most}")

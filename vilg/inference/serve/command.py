@@ -6,7 +6,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -66,8 +65,7 @@ async def _until_told_to_stop(server: Server, sock: socket.socket, host: str) ->
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(ValueError, NotImplementedError):  # not in the main thread
-            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.set)
     port = sock.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
 
