@@ -30,8 +30,9 @@ def sample_info(TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET, sample, text_slots):
 
 @triton.jit
 def image_tile(
-    tile, text_slots, ROWS: tl.constexpr, COLS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr
-):
+    tile, text_slots, ROWS: tl.constexpr, COLS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+    ROW_STEP: tl.constexpr, COL_STEP: tl.constexpr,
+):  # fmt: skip
     """First row and column of image tile number `tile`; per lane: row, column, slot of the whole sequence, existence."""
     lane = tl.arange(0, TILE_ROWS * TILE_COLS)
     across: tl.constexpr = (COLS + TILE_COLS - 1) // TILE_COLS
@@ -43,7 +44,7 @@ def image_tile(
         exists = tl.full([TILE_ROWS * TILE_COLS], True, tl.int1)
     else:
         exists = (row < ROWS) & (col < COLS)
-    return first_row, first_col, row, col, text_slots + row * COLS + col, exists
+    return first_row, first_col, row, col, text_slots + row * ROW_STEP + col * COL_STEP, exists
 
 
 @triton.jit
@@ -74,40 +75,24 @@ def image_box(
 
 
 @triton.jit
-def box_slots(
-    index, row_start, col_start, width,
+def box_row(
+    index, width,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Row and column of the box's slots number `index`, counted along its rows."""
+    """Row, within the box, of its slots number `index`, counted along its rows."""
     one_row: tl.constexpr = ROWS == 1 or (REACH_ROWS == 0 and TILE_ROWS == 1)
     height: tl.constexpr = TILE_ROWS + 2 * REACH_ROWS
     breadth: tl.constexpr = TILE_COLS + 2 * REACH_COLS
     if one_row:
         row = tl.zeros_like(index)
-    elif REACH_COLS == 0 and COLS % TILE_COLS == 0:
-        row = index // TILE_COLS
-    elif height * breadth * breadth < 2**20 and height < 2**10:
-        # index / width as a product: exact while index * (rounding error of the reciprocal, below width) < 2**20
+    elif (height * breadth + 2**7) * breadth < 2**20 and height < 2**10:
+        # index / width as a product: exact while index * (rounding error of the reciprocal, below width) < 2**20, also
+        # for what a chunk holds beyond the box
         row = (index * ((2**20 + width - 1) // width)) >> 20
     else:
         row = index // width
-    return row_start + row, col_start + index - row * width
-
-
-@triton.jit
-def joined(
-    row, col, other_row, other_col,
-    ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
-):  # fmt: skip
-    """The pattern's box rule, `kernels.patterns.Window.joins`, on coordinates; broadcasts."""
-    if REACH_ROWS >= ROWS - 1:
-        near = tl.abs(col - other_col) <= REACH_COLS
-    elif REACH_COLS >= COLS - 1:
-        near = tl.abs(row - other_row) <= REACH_ROWS
-    else:
-        near = (tl.abs(row - other_row) <= REACH_ROWS) & (tl.abs(col - other_col) <= REACH_COLS)
-    return near
+    return row
 
 
 @triton.jit
@@ -119,39 +104,41 @@ def box_mask(
     """[M, N]: is slot number `index` [N] of a box of `count` slots seen by the slots (row, col) [M] of its tile, or, if
     TRANSPOSED, does it see them?
 
-    Where a slot's share of the box is a run of numbers, or every TILE_COLS-th of a run, its bounds do: two numbers per
-    slot of the tile instead of coordinates per slot of the box, of which a thread would hold sixteen.
+    A thread repeats every instruction for each of its 32 pairs (tiles of 64, four warps). So where a slot's share of the box
+    is a run of numbers one comparison does; else row, column and number are compared together, unless the box is too large.
     """
+    height: tl.constexpr = min(TILE_ROWS + 2 * REACH_ROWS, max(ROWS, TILE_ROWS))
+    breadth: tl.constexpr = min(TILE_COLS + 2 * REACH_COLS, max(COLS, TILE_COLS))
+    own_row, own_col = row - row_start, col - col_start
+    own = own_row * width + own_col
+    low_row, high_row = tl.maximum(own_row - REACH_ROWS, 0), tl.minimum(own_row + REACH_ROWS, ROWS - 1 - row_start)
+    low_col, high_col = tl.maximum(own_col - REACH_COLS, 0), tl.minimum(own_col + REACH_COLS, COLS - 1 - col_start)
     if TRANSPOSED:  # the causal side is the later one
-        back_rows = tl.where(causal, 0, REACH_ROWS)
-        back_cols = tl.where(causal, 0, REACH_COLS)
-        ahead_rows, ahead_cols = REACH_ROWS, REACH_COLS
+        low, high = tl.where(causal, own, 0), tl.zeros_like(own) + (count - 1)
     else:
-        back_rows, back_cols = REACH_ROWS, REACH_COLS
-        ahead_rows = tl.where(causal, 0, REACH_ROWS)
-        ahead_cols = tl.where(causal, 0, REACH_COLS)
+        low, high = tl.zeros_like(own), tl.where(causal, own, count - 1)
     if REACH_ROWS == 0:
-        begin = (row - row_start) * width - col_start
-        first = begin + tl.maximum(col - back_cols, 0)
-        last = begin + tl.minimum(col + ahead_cols, COLS - 1)
-        seen = (index[None, :] >= first[:, None]) & (index[None, :] <= last[:, None])
-    elif REACH_COLS == 0 and COLS % TILE_COLS == 0:
-        first = (tl.maximum(row - back_rows, 0) - row_start) * TILE_COLS
-        last = (tl.minimum(row + ahead_rows, ROWS - 1) - row_start) * TILE_COLS + (TILE_COLS - 1)
-        seen = (index[None, :] >= first[:, None]) & (index[None, :] <= last[:, None])
-        if TILE_COLS > 1:
-            seen = seen & ((index % TILE_COLS)[None, :] == (col - col_start)[:, None])
+        first = tl.maximum(low, low_row * width + low_col)
+        last = tl.minimum(high, high_row * width + high_col)
+        # what lies before the first wraps round, to beyond the last
+        after = (index[None, :] - first[:, None]).to(tl.uint32, bitcast=True)
+        seen = after <= (last - first).to(tl.uint32, bitcast=True)[:, None]
     else:
-        box_row, box_col = box_slots(
-            index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
-        )
-        near = joined(row[:, None], col[:, None], box_row[None, :], box_col[None, :], ROWS, COLS, REACH_ROWS, REACH_COLS)
-        place, box_place = row * COLS + col, box_row * COLS + box_col
-        if TRANSPOSED:
-            allowed = box_place[None, :] >= tl.where(causal, place, 0)[:, None]
+        inner_row = box_row(index, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS)
+        if max(height, breadth) <= 2**7 and height * breadth + 2**7 <= 2**13:
+            # Row, column and number in one int32, 7, 7 and 13 bits with a guard bit above each. A guard that is set before a
+            # subtraction is still set after it where no more was taken away than there was. No sum overflows.
+            GUARDS: tl.constexpr = 2**29 + 2**15 + 2**7
+            place = (index * (2**16 + 2**8) + inner_row * (1 - width * 2**8))[None, :]
+            lowest = (GUARDS - (low_row + low_col * 2**8 + low * 2**16))[:, None]
+            highest = (GUARDS + (high_row + high_col * 2**8 + high * 2**16))[:, None] + lowest
+            above = place + lowest
+            seen = (above & (highest - above) & GUARDS) == GUARDS
         else:
-            allowed = box_place[None, :] <= tl.where(causal, place, ROWS * COLS)[:, None]
-        seen = near & allowed & (index < count)[None, :]
+            inner_col = index - inner_row * width
+            seen = (inner_row[None, :] >= low_row[:, None]) & (inner_row[None, :] <= high_row[:, None])
+            seen = seen & (inner_col[None, :] >= low_col[:, None]) & (inner_col[None, :] <= high_col[:, None])
+            seen = seen & (index[None, :] >= low[:, None]) & (index[None, :] <= high[:, None])
     return seen
 
 
@@ -159,19 +146,32 @@ def box_mask(
 def box_chunk(
     start, count, row, col, causal, row_start, col_start, width, text_slots, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ROW_STEP: tl.constexpr, COL_STEP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Slots number `start` to `start` + N of a box of `count`: slot of the whole sequence [N], is it of the box [N], and
     `box_mask` [M, N]."""
     index = start + tl.arange(0, BLOCK_N)
-    box_row, box_col = box_slots(
-        index, row_start, col_start, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS
-    )
+    inner_row = box_row(index, width, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS)
+    key = text_slots + row_start * ROW_STEP + (col_start + index) * COL_STEP + inner_row * (ROW_STEP - width * COL_STEP)
     seen = box_mask(
         index, count, row, col, causal, row_start, col_start, width,
         ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, TRANSPOSED,
     )  # fmt: skip
-    return text_slots + box_row * COLS + box_col, index < count, seen
+    return key, index < count, seen
+
+
+@triton.jit
+def seen_by_all(
+    first_col, causal, BLOCK: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """How many of its box's first slots every query of a tile sees, in whole chunks of BLOCK: rows longer than a tile."""
+    if REACH_ROWS == 0 and REACH_COLS >= COLS - 1 and TILE_ROWS == 1:
+        slots = tl.where(causal, first_col, COLS) // BLOCK * BLOCK
+    else:
+        slots = 0
+    return slots
 
 
 @triton.jit

@@ -15,10 +15,24 @@ from torch import Tensor
 
 from kernels import runtime
 from kernels.attention import triton_op
-from kernels.attention.triton_common import joined
 from kernels.runtime import LaunchConfig
 
 CANDIDATES = 4  # a program, half as many in fp32; more would spill registers or need 16 for a matmul
+
+
+@triton.jit
+def joined(
+    row, col, other_row, other_col,
+    ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
+):  # fmt: skip
+    """The pattern's box rule, `kernels.patterns.Window.joins`, on coordinates; broadcasts."""
+    if REACH_ROWS >= ROWS - 1:
+        near = tl.abs(col - other_col) <= REACH_COLS
+    elif REACH_COLS >= COLS - 1:
+        near = tl.abs(row - other_row) <= REACH_ROWS
+    else:
+        near = (tl.abs(row - other_row) <= REACH_ROWS) & (tl.abs(col - other_col) <= REACH_COLS)
+    return near
 
 
 @triton.jit

@@ -40,11 +40,15 @@ def add_queries(
     dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, exists, seen,
     QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """`add_key_gradients` of the N slots `query`."""
+    """`add_key_gradients` of the N slots `query`; `exists`: bool [N] or None: all."""
     q = load_rows(Q, query, q_s, exists, D, BLOCK_D)
     grad = load_rows(GRAD, query, g_s, exists, D, BLOCK_D)
-    lse = tl.load(LSE + query, mask=exists, other=float("inf"))
-    delta = tl.load(DELTA + query, mask=exists, other=0.0)
+    if exists is None:
+        lse = tl.load(LSE + query)
+        delta = tl.load(DELTA + query)
+    else:
+        lse = tl.load(LSE + query, mask=exists, other=float("inf"))
+        delta = tl.load(DELTA + query, mask=exists, other=0.0)
     return add_key_gradients(dk, dv, k, v, q, grad, lse, delta, seen, QK_SCALE, ACC, WIDEN)
 
 
@@ -70,27 +74,34 @@ def text_key_gradient_kernel(
     DELTA += (sample * heads + head) * slots
     slot = tile * M + tl.arange(0, M)
     exists, is_source = slot < text_slots, (slot < prefix)[:, None]
+    first_reader = tl.where(slot < prefix, 0, slot)  # of the text's queries
     k = load_rows(K + sample * k_b + head * k_h, slot, k_s, slot < length, D, BLOCK_D)
     v = load_rows(V + sample * v_b + head * v_h, slot, v_s, slot < length, D, BLOCK_D)
     dk = tl.zeros([M, BLOCK_D], ACC)
     dv = tl.zeros([M, BLOCK_D], ACC)
 
     holds_source = tile * M < prefix
-    text_start = tl.where(holds_source, 0, tile * M)  # target keys are read from themselves onwards
-    text_stop = tl.where((chunk == 0) & (tile * M < length), length, 0)
-    for start in range(text_start, text_stop, BLOCK_N):
-        query = start + tl.arange(0, BLOCK_N)
-        seen = is_source | (slot[:, None] <= query[None, :])
-        dk, dv = add_queries(
-            dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, query < length, seen,
-            QK_SCALE, D, BLOCK_D, ACC, WIDEN,
-        )  # fmt: skip
     first = chunk * CHUNK_SLOTS
     stop = tl.where(holds_source, tl.minimum(first + CHUNK_SLOTS, IMAGE_SLOTS), 0)
-    for start in range(first, stop, BLOCK_N):
+    for start in range(first, stop, BLOCK_N):  # for all keys of the tile, though target keys are read by no image
         query = text_slots + start + tl.arange(0, BLOCK_N)
+        if IMAGE_SLOTS % BLOCK_N == 0 and CHUNK_SLOTS % BLOCK_N == 0:
+            dk, dv = add_queries(
+                dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, None, None, QK_SCALE, D, BLOCK_D, ACC, WIDEN
+            )
+        else:
+            dk, dv = add_queries(
+                dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, query < text_slots + stop, None,
+                QK_SCALE, D, BLOCK_D, ACC, WIDEN,
+            )  # fmt: skip
+    dk, dv = tl.where(is_source, dk, 0.0), tl.where(is_source, dv, 0.0)
+    text_start = tl.where(holds_source, 0, tile * M)  # target keys are read from themselves onwards
+    text_stop = tl.where((chunk == 0) & (tile * M < length), length, 0)
+    for start in tl.range(text_start, text_stop, BLOCK_N, num_stages=1):  # prefetching here takes registers: 3 programs, not 4
+        query = start + tl.arange(0, BLOCK_N)
+        seen = first_reader[:, None] <= query[None, :]
         dk, dv = add_queries(
-            dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, query < text_slots + stop, is_source,
+            dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, query < length, seen,
             QK_SCALE, D, BLOCK_D, ACC, WIDEN,
         )  # fmt: skip
     if CHUNKS == 1:
@@ -107,9 +118,11 @@ def image_key_gradient_kernel(
     Q, K, V, GRAD, LSE, DELTA, DK, DV, TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     heads, slots, text_slots,
-    SCALE: tl.constexpr, QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, SCALE: tl.constexpr, QK_SCALE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ROW_STEP: tl.constexpr, COL_STEP: tl.constexpr,
+    ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """DK, DV [B, H, S, D] of the image's slots."""
     sample = (tl.program_id(0) // heads).to(tl.int64)
@@ -120,7 +133,7 @@ def image_key_gradient_kernel(
     LSE += (sample * heads + head) * slots
     DELTA += (sample * heads + head) * slots
     first_row, first_col, row, col, slot, exists = image_tile(
-        tl.program_id(1), text_slots, ROWS, COLS, TILE_ROWS, TILE_COLS
+        tl.program_id(1), text_slots, ROWS, COLS, TILE_ROWS, TILE_COLS, ROW_STEP, COL_STEP
     )
     k = load_rows(K + sample * k_b + head * k_h, slot, k_s, exists, D, BLOCK_D)
     v = load_rows(V + sample * v_b + head * v_h, slot, v_s, exists, D, BLOCK_D)
@@ -135,13 +148,23 @@ def image_key_gradient_kernel(
     row_start, col_start, width, count = image_box(
         first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, True
     )
-    for start in range(0, count, BLOCK_N):
+    masked = count
+    if SPLIT and REACH_ROWS == 0 and REACH_COLS >= COLS - 1 and TILE_ROWS == 1:  # rows longer than a tile
+        tl.static_assert(TILE_COLS % BLOCK_N == 0)
+        masked = tl.where(causal, tl.minimum(TILE_COLS, count), 0)  # what comes after the tile sees all of it
+    for start in range(0, masked, BLOCK_N):
         query, inside, seen = box_chunk(
             start, count, row, col, causal, row_start, col_start, width, text_slots, BLOCK_N,
-            ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, True,
+            ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, ROW_STEP, COL_STEP, True,
         )  # fmt: skip
         dk, dv = add_queries(
             dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, inside, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN
+        )
+    for start in range(masked, count, BLOCK_N):
+        index = start + tl.arange(0, BLOCK_N)
+        query = text_slots + first_row * ROW_STEP + (col_start + index) * COL_STEP
+        dk, dv = add_queries(
+            dk, dv, k, v, Q, GRAD, LSE, DELTA, q_s, g_s, query, index < count, None, QK_SCALE, D, BLOCK_D, ACC, WIDEN
         )
     store_rows(DK + sample * dk_b + head * dk_h, slot, dk_s, exists, dk * SCALE, D, BLOCK_D, WIDEN)
     store_rows(DV + sample * dv_b + head * dv_h, slot, dv_s, exists, dv, D, BLOCK_D, WIDEN)

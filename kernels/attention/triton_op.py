@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from itertools import chain
 
 import torch
 import triton
@@ -29,16 +30,15 @@ CHUNK_SLOTS = 1024  # image queries one program adds up for a tile of text keys
 def kernel_constants(channels: int, scale: float, view: Window, dtype: torch.dtype) -> dict:
     """The constexpr arguments that depend on neither the device nor the kernel."""
     tile = choose_tile(view, tile_size(dtype, channels))
+    sides = (view.rows, view.cols), (view.reach_rows, view.reach_cols), (tile.rows, tile.cols), (view.cols, 1)
+    if view.reach_cols == 0 < view.reach_rows:  # columns are the rows of the image turned on its side
+        sides = [pair[::-1] for pair in sides]
+    names = ("ROWS", "COLS", "REACH_ROWS", "REACH_COLS", "TILE_ROWS", "TILE_COLS", "ROW_STEP", "COL_STEP")
     return {
         "QK_SCALE": scale * LOG2_E,
         "D": channels,
         "BLOCK_D": max(16, 1 << (channels - 1).bit_length()),
-        "ROWS": view.rows,
-        "COLS": view.cols,
-        "REACH_ROWS": view.reach_rows,
-        "REACH_COLS": view.reach_cols,
-        "TILE_ROWS": tile.rows,
-        "TILE_COLS": tile.cols,
+        **dict(zip(names, chain(*sides))),
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "WIDEN": INTERPRETED and dtype == torch.bfloat16,
     }
@@ -79,13 +79,16 @@ class _Launch:
         self.capability = runtime.device_capability(q.device)
         roomy = has_room(q.shape[-1], self.itemsize, self.capability)
         self.closed = roomy and tile.closed(self.view)
-        self.constants["SPLIT"] = roomy
+        self.constants.update(CLOSED=self.closed, SPLIT=roomy)
+        # Ampere's closed gradient holds the tile's own keys instead of a second copy of the loop over the text
+        self.split_gradient = roomy and (self.capability >= 90 or not self.closed)
         self.sizes = (q.shape[1], q.shape[2], self.text_slots, self.text_tiles)
         self.device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
 
     def run(self, name: str, kernel, tiles: int, *args, **constants) -> None:
         config = launch_config(name, self.constants["BLOCK_D"], self.itemsize, self.capability, self.view)
-        constants.update(self.constants, BLOCK_N=config.chunk, M=self.tile_slots, IMAGE_SLOTS=self.view.num_slots)
+        sizes = dict(BLOCK_N=config.chunk, M=self.tile_slots, IMAGE_SLOTS=self.view.num_slots)
+        constants = self.constants | sizes | constants
         with self.device:
             runtime.start_kernel(kernel, (self.programs, tiles), args, _own(kernel, constants), config)
 
@@ -109,7 +112,7 @@ def attention_forward(
     text_len, text_prefix, image_is_target = (x.contiguous() for x in (text_len, text_prefix, image_is_target))
     out, lse = _heads_last(q), _statistics(q)
     launch.run(
-        "forward", forward_kernel, launch.text_tiles + launch.image_tiles,
+        "closed_forward" if launch.closed else "forward", forward_kernel, launch.text_tiles + launch.image_tiles,
         q, k, v, out, lse, text_len, text_prefix, image_is_target, *_strides(q, k, v, out), *launch.sizes,
     )  # fmt: skip
     return out, lse
@@ -136,7 +139,7 @@ def attention_backward(
         "closed_gradient" if launch.closed else "query_gradient", query_gradient_kernel,
         launch.text_tiles + launch.image_tiles,
         q, k, v, out, grad, lse, delta, dq, dk, dv, *samples, *_strides(q, k, v, out, grad, dq, dk, dv), *launch.sizes,
-        CLOSED=launch.closed, SCALE=scale,
+        SPLIT=launch.split_gradient, SCALE=scale,
     )  # fmt: skip
     keys = (q, k, v, grad, lse, delta, dk, dv)
     strides = (*_strides(q, k, v, grad, dk, dv), *q.shape[1:3], launch.text_slots)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_common import (
-    box_chunk, box_mask, dot, image_box, image_tile, load_rows, sample_info, store_rows,
+    box_chunk, box_mask, dot, image_box, image_tile, load_rows, sample_info, seen_by_all, store_rows,
 )  # fmt: skip
 from kernels.attention.triton_key_gradient import add_key_gradients
 from kernels.triton_rounding import narrow
@@ -74,7 +74,8 @@ def query_gradient_kernel(
     CLOSED: tl.constexpr, SPLIT: tl.constexpr,
     SCALE: tl.constexpr, QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ROW_STEP: tl.constexpr, COL_STEP: tl.constexpr,
+    ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, S, D] and DELTA [B, H, S] (read by the key gradient); if CLOSED also DK and DV of the image's slots."""
     M: tl.constexpr = TILE_ROWS * TILE_COLS
@@ -119,20 +120,21 @@ def query_gradient_kernel(
         store_rows(DQ, slot, dq_s, exists, acc * SCALE, D, BLOCK_D, WIDEN)
     else:
         first_row, first_col, row, col, slot, exists = image_tile(
-            tile - text_tiles, text_slots, ROWS, COLS, TILE_ROWS, TILE_COLS
+            tile - text_tiles, text_slots, ROWS, COLS, TILE_ROWS, TILE_COLS, ROW_STEP, COL_STEP
         )
         q = load_rows(Q, slot, q_s, exists, D, BLOCK_D)
         grad = load_rows(GRAD, slot, g_s, exists, D, BLOCK_D)
         out = load_rows(OUT, slot, o_s, exists, D, BLOCK_D)
         lse = tl.load(LSE + slot, mask=exists, other=float("inf"))
+        if CLOSED:  # the tile's own keys and values, which come from far, with its queries
+            k = load_rows(K, slot, k_s, exists, D, BLOCK_D)
+            v = load_rows(V, slot, v_s, exists, D, BLOCK_D)
         delta = tl.sum(grad.to(ACC) * out.to(ACC), 1)
         tl.store(DELTA + slot, delta, mask=exists)
         acc = add_range(
             acc, q, grad, lse, delta, K, V, k_s, v_s, 0, prefix, SPLIT, QK_SCALE, D, BLOCK_D, BLOCK_N, ACC, WIDEN
         )
         if CLOSED:
-            k = load_rows(K, slot, k_s, exists, D, BLOCK_D)
-            v = load_rows(V, slot, v_s, exists, D, BLOCK_D)
             seen = box_mask(
                 tl.arange(0, M), M, row, col, causal, first_row, first_col, TILE_COLS,
                 ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False,
@@ -162,10 +164,16 @@ def query_gradient_kernel(
             row_start, col_start, width, count = image_box(
                 first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False
             )
-            for start in range(0, count, BLOCK_N):
+            whole = seen_by_all(first_col, causal, BLOCK_N, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS) if SPLIT else 0
+            for start in range(0, whole, BLOCK_N):
+                key = text_slots + first_row * ROW_STEP + (start + tl.arange(0, BLOCK_N)) * COL_STEP
+                acc = add_query_gradient(
+                    acc, q, grad, lse, delta, K, V, k_s, v_s, key, None, None, QK_SCALE, D, BLOCK_D, ACC, WIDEN
+                )
+            for start in range(whole, count, BLOCK_N):
                 key, inside, seen = box_chunk(
                     start, count, row, col, causal, row_start, col_start, width, text_slots, BLOCK_N,
-                    ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False,
+                    ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, ROW_STEP, COL_STEP, False,
                 )  # fmt: skip
                 acc = add_query_gradient(
                     acc, q, grad, lse, delta, K, V, k_s, v_s, key, inside, seen, QK_SCALE, D, BLOCK_D, ACC, WIDEN

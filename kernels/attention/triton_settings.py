@@ -13,11 +13,12 @@ from kernels.runtime import LaunchConfig
 
 GATED_SIDES = (32, 64, 96, 128)
 KEY_GRADIENTS = ("text_key_gradient", "image_key_gradient")
-HOPPER = {  # 16 bits, 64 channels: the fastest of those tried on an H200, with the masks of then (README)
+HOPPER = {  # 16 bits, 64 channels: the fastest of those tried on an H200, with the kernels of then (README)
     "forward": LaunchConfig(4, 3, BLOCK, 128),
+    "closed_forward": LaunchConfig(4, 2, BLOCK, 128),  # not timed: a stage less, for the tile's own keys
     "query_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
     "closed_gradient": LaunchConfig(4, 2, BLOCK // 2, 168),
-    "text_key_gradient": LaunchConfig(4, 3, BLOCK // 2, 168),  # not timed: 128 was, and spills; 136 does on large grids
+    "text_key_gradient": LaunchConfig(4, 3, BLOCK // 2, 128),
     "image_key_gradient": LaunchConfig(4, 2, BLOCK // 2, 168),  # three programs a multiprocessor; timed without a limit
 }
 
@@ -30,8 +31,9 @@ def gated(view: Window) -> bool:
 
 
 def launch_config(kernel: str, block_d: int, itemsize: int, capability: int, view: Window) -> LaunchConfig:
-    """Warps, pipeline stages and register limit of `forward`, `query_gradient`, `closed_gradient` (a query gradient that
-    also gives dK and dV), `text_key_gradient` and `image_key_gradient`; the compile gate checks that none spills.
+    """Warps, pipeline stages and register limit of `forward`, `closed_forward` (of closed tiles), `query_gradient`,
+    `closed_gradient` (also gives dK and dV), `text_key_gradient` and `image_key_gradient`; the compile gate checks that
+    none spills.
 
     `capability`: 90 for Hopper, 80 for all others (`runtime.device_capability`). Four warps run a 64 x 64 tile as one warp group of
     Hopper's; the gradients of Ampere spill registers with four.
@@ -61,7 +63,7 @@ def _usual_config(kernel: str, block_d: int, itemsize: int, capability: int) -> 
     chunk = BLOCK // 2 if kernel in (*KEY_GRADIENTS, "closed_gradient") or block_d <= 32 else BLOCK
     if kernel == "query_gradient" and block_d <= 32 and capability < 90:
         return LaunchConfig(8, 1, chunk)
-    if block_d >= 128 or (kernel != "forward" and capability < 90):
+    if block_d >= 128 or (not kernel.endswith("forward") and capability < 90):
         return LaunchConfig(8, 2, chunk)
     return LaunchConfig(4, 2, chunk)
 

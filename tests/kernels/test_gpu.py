@@ -27,6 +27,27 @@ def test_kernels_match_reference_on_the_gpu(pattern, on_cuda):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_kernels_with_the_10b_models_settings_match_reference_on_the_gpu(pattern):
+    """Its grid is one of those for which register limits hold."""
+    batch = samples("mixed", 128)
+    inputs = qkv(len(batch), 2, 128 + 32 * 32, 64, device="cuda")
+    call = dict(grid=(32, 32), pattern=pattern, **sample_tensors(batch, device="cuda"))
+    assert_matches_reference(sparse_attention, inputs, torch.bfloat16, 2e-2, **call)
+
+
+@pytest.mark.gpu
+def test_fp32_does_not_drift_over_many_steps_on_the_gpu():
+    """A running maximum that stays must leave the sums exactly as they are, though a GPU fuses a multiplication with a sum:
+    with one key for all slots every query sees the mean of the values."""
+    slots = 20 + 64 * 64
+    q, k, v, _ = (x.float() for x in qkv(1, 2, slots, 64, device="cuda"))
+    k, v = torch.full_like(k, 16.0), torch.linspace(-0.5, 0.5, slots, device="cuda")[:, None].expand_as(v).contiguous()
+    call = dict(grid=(64, 64), pattern="dense", **sample_tensors([(20, 20, 0)], device="cuda"))
+    assert (sparse_attention(q, k, v, **call) - v.double().mean(2, keepdim=True)).abs().max() < 5e-6
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("channels", [32, 80, 128])
 def test_every_head_width_matches_reference_on_the_gpu(channels):
     batch = samples("mixed", 9)

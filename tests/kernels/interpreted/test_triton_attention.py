@@ -41,6 +41,14 @@ def test_kernels_match_reference_at_degenerate_sizes(pattern, grid, text_slots):
     assert_matches_reference(run, inputs, torch.float64, 1e-12, grid=grid, pattern=pattern, **tensors)
 
 
+@pytest.mark.parametrize("scale", [2.0, 0.0, -0.3])
+@pytest.mark.parametrize("pattern", ["row", "conv"])
+def test_any_factor_of_the_scores_is_taken(pattern, scale):
+    inputs, tensors = batch_for("mixed", (3, 5), 5)
+    call = dict(grid=(3, 5), pattern=pattern, conv_size=3, scale=scale, **tensors)
+    assert_matches_reference(run, inputs, torch.float64, 1e-12, **call)
+
+
 @pytest.mark.parametrize("channels", [32, 80])
 def test_fp32_stays_within_1e_5(channels):
     inputs, tensors = batch_for("mixed", (5, 9), 9, channels=channels)
