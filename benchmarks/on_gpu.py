@@ -57,6 +57,7 @@ JOBS = (
     train_step("train_step_compiled", 4, "--layers 10 --steps 15 --peer-steps 8 --compile"),
     train_step("train_step_64", 4, "--steps 10 --peer-steps 6 --grid 64 64 --micro 1"),
     attention("attention_32", 3, "--grids 32x32 --flex none --repeats 12"),
+    attention("attention_64", 3, "--grids 64x64 --patterns row,column,conv --flex none --repeats 6"),
     attention("attention_96", 3, "--grids 96x96 --flex none --directions text_to_image --repeats 4"),
     attention("attention_short", 2, "--grids 32x32 --text-len 20 --flex none --repeats 8"),
     attention("attention_wrap", 2, "--grids 32x32,64x64 --patterns row_wrap --repeats 6"),
@@ -65,6 +66,8 @@ JOBS = (
         "benchmarks/end_to_end_step.py --tiny --device cpu --steps 2 --json {out}/end_to_end_step.json"),
     Job("decode", 8, "benchmarks/decode.py --device cuda --json {out}/decode.json",
         "benchmarks/decode.py --quick --json {out}/decode.json"),
+    Job("attention_settings", 10, "benchmarks/attention_settings.py --patterns row,conv --json {out}/attention_settings.json",
+        "benchmarks/attention_settings.py --device cpu --patterns row --kernels text_key_gradient --json {out}/attention_settings.json"),
 )  # fmt: skip
 
 
