@@ -58,6 +58,8 @@ JOBS = (
     train_step("train_step_64", 4, "--steps 10 --peer-steps 6 --grid 64 64 --micro 1"),
     attention("attention_32", 3, "--grids 32x32 --flex none --repeats 12"),
     attention("attention_64", 3, "--grids 64x64 --patterns row,column,conv --flex none --repeats 6"),
+    Job("attention_stationary", 3, "benchmarks/attention_stationary.py --json {out}/attention_stationary.json",
+        "benchmarks/attention_stationary.py --device cpu --grids 32x32 --tiles 4 --json {out}/attention_stationary.json"),
     attention("attention_96", 3, "--grids 96x96 --flex none --directions text_to_image --repeats 4"),
     attention("attention_short", 2, "--grids 32x32 --text-len 20 --flex none --repeats 8"),
     attention("attention_wrap", 2, "--grids 32x32,64x64 --patterns row_wrap --repeats 6"),

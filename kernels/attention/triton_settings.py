@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from kernels.attention.tiles import BLOCK, choose_tile
+from kernels.attention.tiles import BLOCK
 from kernels.patterns import PATTERNS, Window, window
 from kernels.runtime import LaunchConfig
 
@@ -41,16 +41,14 @@ def launch_config(kernel: str, block_d: int, itemsize: int, capability: int, vie
     config = _usual_config(kernel, block_d, itemsize, capability)
     if gated(view):
         return config
-    # Masks of odd tiles take more registers. Under a limit some of these kernels spill, and ptxas crashes on some, on grids
-    # of less than a tile also because of prefetching. Ampere's kernels have no limit to lift: shorter steps, and no
-    # prefetching for closed tiles that reach over the grid's border, keep them from spilling.
-    ampere, whole_tiles = capability < 90, choose_tile(view).count(view) * BLOCK == view.num_slots
-    plain = view.num_slots < BLOCK or (ampere and kernel == "closed_gradient" and not whole_tiles)
+    # Masks of odd tiles take more registers: under a limit some of these kernels spill, and ptxas crashes on some, on grids of
+    # less than a tile also because of prefetching. Ampere's kernels have no limit to lift: shorter steps keep them from spilling.
+    hopper = capability >= 90
     return replace(
         config,
         registers=None,
-        num_stages=1 if plain else config.num_stages,
-        chunk=min(config.chunk, BLOCK // 2) if ampere else config.chunk,
+        num_stages=1 if hopper and view.num_slots < BLOCK else config.num_stages,
+        chunk=config.chunk if hopper else min(config.chunk, BLOCK // 2),
     )
 
 
