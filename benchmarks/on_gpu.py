@@ -58,8 +58,10 @@ JOBS = (
     train_step("train_step_64", 4, "--steps 10 --peer-steps 6 --grid 64 64 --micro 1"),
     attention("attention_32", 3, "--grids 32x32 --flex none --repeats 12"),
     attention("attention_64", 3, "--grids 64x64 --patterns row,column,conv --flex none --repeats 6"),
-    Job("attention_stationary", 3, "benchmarks/attention_stationary.py --json {out}/attention_stationary.json",
-        "benchmarks/attention_stationary.py --device cpu --grids 32x32 --tiles 4 --json {out}/attention_stationary.json"),
+    Job("attention_settings", 6, "benchmarks/attention_settings.py --patterns row,conv --json {out}/attention_settings.json",
+        "benchmarks/attention_settings.py --device cpu --patterns row --kernels text_key_gradient --json {out}/attention_settings.json"),
+    Job("attention_stationary", 4, "benchmarks/attention_stationary.py --json {out}/attention_stationary.json",
+        "benchmarks/attention_stationary.py --device cpu --grids 32x32 --tiles 8 --stages 2 --warps 4 --json {out}/attention_stationary.json"),
     attention("attention_96", 3, "--grids 96x96 --flex none --directions text_to_image --repeats 4"),
     attention("attention_short", 2, "--grids 32x32 --text-len 20 --flex none --repeats 8"),
     attention("attention_wrap", 2, "--grids 32x32,64x64 --patterns row_wrap --repeats 6"),
@@ -68,8 +70,6 @@ JOBS = (
         "benchmarks/end_to_end_step.py --tiny --device cpu --steps 2 --json {out}/end_to_end_step.json"),
     Job("decode", 8, "benchmarks/decode.py --device cuda --json {out}/decode.json",
         "benchmarks/decode.py --quick --json {out}/decode.json"),
-    Job("attention_settings", 10, "benchmarks/attention_settings.py --patterns row,conv --json {out}/attention_settings.json",
-        "benchmarks/attention_settings.py --device cpu --patterns row --kernels text_key_gradient --json {out}/attention_settings.json"),
 )  # fmt: skip
 
 

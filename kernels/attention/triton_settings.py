@@ -42,12 +42,14 @@ def launch_config(kernel: str, block_d: int, itemsize: int, capability: int, vie
     if gated(view):
         return config
     # Masks of odd tiles take more registers: under a limit some of these kernels spill, and ptxas crashes on some, on grids of
-    # less than a tile also because of prefetching. Ampere's kernels have no limit to lift: shorter steps keep them from spilling.
+    # less than a tile also because of prefetching. Ampere's have no limit to lift: shorter steps keep them from spilling, and the
+    # closed gradient spills without prefetching.
     hopper = capability >= 90
+    plain = view.num_slots < BLOCK and (hopper or kernel != "closed_gradient")
     return replace(
         config,
         registers=None,
-        num_stages=1 if hopper and view.num_slots < BLOCK else config.num_stages,
+        num_stages=1 if plain else config.num_stages,
         chunk=config.chunk if hopper else min(config.chunk, BLOCK // 2),
     )
 
