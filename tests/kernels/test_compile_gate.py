@@ -45,8 +45,7 @@ def test_every_kernel_passes_the_compile_gate(repository, dtype, channels):
     ("64x64,96x96,128x128", "bfloat16,float16"), ("48x48,16x16,13x32,8x8", "bfloat16"), ("7x9,3x5,2x2,5x1,1x7,1x1", "bfloat16"),
 ])  # fmt: skip
 def test_kernels_of_other_grids_pass_the_compile_gate(repository, grids, dtypes):
-    """ptxas spilled, and crashed, on some of these under the register limits of the first four. Under Triton 3.6.0 one of
-    them keeps 8 bytes on the stack (README)."""
+    """ptxas spilled, and crashed, on some of these under the register limits of the first four."""
     variants = "row,row_wrap,column,conv,dense"
     result = run_gate(repository, "--channels", "64", "--dtypes", dtypes, "--variants", variants, "--grids", grids)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -4,6 +4,7 @@ start."""
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -92,6 +93,18 @@ def test_a_report_that_does_not_hang_is_waited_for(tmp_path):
     code, said = end_of(tmp_path, "sleeps", report_limit=60.0)
     assert code == TRY_AGAIN and "ending with exit code 75" in said
     assert "Thread MainThread" in stacks_path(tmp_path, 0).read_text() and read_events(tmp_path)[-1]["event"] == "hang"
+
+
+def test_a_rank_that_noticed_first_ends_after_the_one_that_speaks(tmp_path):
+    """Where srun ends a job with its first rank, the verdict would be lost."""
+    told: list[str] = []
+    speaker, first = (Watchdog(tmp_path, rank=rank, world_size=2, timeout=4, grace=0.3, say=told.append) for rank in (0, 1))
+    noticed = threading.Thread(target=lambda: (first._report("no step", "guards.hang_timeout", 4), told.append("end of rank 1")))
+    noticed.start()
+    time.sleep(0.2)
+    speaker._report("no step", "guards.hang_timeout", 4)
+    noticed.join()
+    assert told[-2].startswith("vilg: hang: ") and told[-1] == "end of rank 1"
 
 
 def test_a_start_that_hangs_in_a_file_ends_and_says_so(tmp_path):

@@ -161,6 +161,8 @@ class Watchdog:
                     verdict += f"; SILENT, look there first: rank {', '.join(map(str, silent))}"
                 self.say(f"vilg: hang: {verdict}; ending with exit code {TRY_AGAIN}")
                 append_event(self.folder, "hang", self.step, verdict, silent=silent, host=host)
+            else:  # the first end is that of all, under srun: whoever noticed before the one that speaks waits for it
+                time.sleep(2 * self._tick)
         except Exception:  # the disk may be full: the end must come all the same
             tell(traceback.format_exc())
 

@@ -8,6 +8,9 @@ from tests.kernels.cases import assert_matches_reference, qkv, sample_tensors
 from tests.kernels.interpreted.kernel_calls import run
 from tests.kernels.interpreted.planted import plant
 
+PADDING = """acc = tl.where(valid[:, None], acc, 0.0)  # padding sees nothing
+        running_sum = tl.where(valid, running_sum, 0.0)"""
+
 BUGS = {
     "row causality off by one": (triton_common, "tl.minimum(high, high_row", "tl.minimum(high + 1, high_row"),
     "row's share one slot short": (triton_common, "high_row * width + high_col)", "high_row * width + high_col - 1)"),
@@ -20,7 +23,7 @@ BUGS = {
     "image range one chunk short": (triton_forward, "range(whole, count, BLOCK_N)", "range(whole, count - BLOCK_N, BLOCK_N)"),
     "tail of a range unread": (triton_forward, "if whole < num_keys:", "if num_keys < whole:"),
     "missing rescale": (triton_forward, "acc * rescale[:, None] + dot", "acc + dot"),
-    "padding row not zero": (triton_forward, "running_sum = tl.where(valid, running_sum, 0.0)", "running_sum = running_sum"),
+    "padding row not zero": (triton_forward, PADDING, "running_sum = running_sum"),
     "closed tile reads what follows": (triton_forward, "seen & exists[None, :]", "(row[:, None] == row[None, :]) & exists[None, :]"),
     "delta forgotten": (triton_key_gradient, " - delta[None, :])", ")"),
     "transposed conv causality off by one": (triton_common, "low_col * 2**8 + low * 2**16", "low_col * 2**8 + (low + 1) * 2**16"),
