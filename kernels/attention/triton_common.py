@@ -162,12 +162,9 @@ def box_chunk(
 
 
 @triton.jit
-def seen_by_all(
-    first_col, causal, BLOCK: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-):  # fmt: skip
-    """How many of its box's first slots every query of a tile sees, in whole chunks of BLOCK: rows longer than a tile."""
-    if REACH_ROWS == 0 and REACH_COLS >= COLS - 1 and TILE_ROWS == 1:
+def seen_by_all(first_col, causal, BLOCK: tl.constexpr, COLS: tl.constexpr, LONG_ROWS: tl.constexpr):
+    """How many of its box's first slots every query of a tile sees, in whole chunks of BLOCK; none unless LONG_ROWS."""
+    if LONG_ROWS:
         slots = tl.where(causal, first_col, COLS) // BLOCK * BLOCK
     else:
         slots = 0

@@ -96,7 +96,7 @@ def forward_kernel(
     QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ROW_STEP: tl.constexpr, COL_STEP: tl.constexpr,
-    ACC: tl.constexpr, WIDEN: tl.constexpr,
+    LONG_ROWS: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """OUT [B, H, S, D] = attention; LSE [B, H, S] = log2 of the softmax denominator, +inf for rows that see nothing."""
     M: tl.constexpr = TILE_ROWS * TILE_COLS
@@ -152,7 +152,7 @@ def forward_kernel(
             row_start, col_start, width, count = image_box(
                 first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False
             )
-            whole = seen_by_all(first_col, causal, BLOCK_N, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS) if SPLIT else 0
+            whole = seen_by_all(first_col, causal, BLOCK_N, COLS, LONG_ROWS)
             for start in range(0, whole, BLOCK_N):
                 key = text_slots + first_row * ROW_STEP + (start + tl.arange(0, BLOCK_N)) * COL_STEP
                 acc, running_max, running_sum = attend(

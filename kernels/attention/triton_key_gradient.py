@@ -118,11 +118,10 @@ def image_key_gradient_kernel(
     Q, K, V, GRAD, LSE, DELTA, DK, DV, TEXT_LEN, TEXT_PREFIX, IMAGE_IS_TARGET,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dk_b, dk_h, dk_s, dv_b, dv_h, dv_s,
     heads, slots, text_slots,
-    SPLIT: tl.constexpr, SCALE: tl.constexpr, QK_SCALE: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ROW_STEP: tl.constexpr, COL_STEP: tl.constexpr,
-    ACC: tl.constexpr, WIDEN: tl.constexpr,
+    LONG_ROWS: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """DK, DV [B, H, S, D] of the image's slots."""
     sample = (tl.program_id(0) // heads).to(tl.int64)
@@ -149,7 +148,7 @@ def image_key_gradient_kernel(
         first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, True
     )
     masked = count
-    if SPLIT and REACH_ROWS == 0 and REACH_COLS >= COLS - 1 and TILE_ROWS == 1:  # rows longer than a tile
+    if LONG_ROWS:
         tl.static_assert(TILE_COLS % BLOCK_N == 0)
         masked = tl.where(causal, tl.minimum(TILE_COLS, count), 0)  # what comes after the tile sees all of it
     for start in range(0, masked, BLOCK_N):

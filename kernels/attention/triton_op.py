@@ -79,7 +79,10 @@ class _Launch:
         self.capability = runtime.device_capability(q.device)
         roomy = has_room(q.shape[-1], self.itemsize, self.capability)
         self.closed = roomy and tile.closed(self.view)
-        self.constants.update(CLOSED=self.closed, SPLIT=roomy)
+        sizes = self.constants
+        whole_rows = sizes["REACH_ROWS"] == 0 and sizes["REACH_COLS"] >= sizes["COLS"] - 1
+        # of whole rows, in a tile of one: what comes before it (for its keys: after it) needs no mask
+        self.constants.update(CLOSED=self.closed, SPLIT=roomy, LONG_ROWS=roomy and whole_rows and sizes["TILE_ROWS"] == 1)
         # Ampere's closed gradient holds the tile's own keys instead of a second copy of the loop over the text
         self.split_gradient = roomy and (self.capability >= 90 or not self.closed)
         self.sizes = (q.shape[1], q.shape[2], self.text_slots, self.text_tiles)

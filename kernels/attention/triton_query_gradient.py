@@ -75,7 +75,7 @@ def query_gradient_kernel(
     SCALE: tl.constexpr, QK_SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REACH_ROWS: tl.constexpr, REACH_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, ROW_STEP: tl.constexpr, COL_STEP: tl.constexpr,
-    ACC: tl.constexpr, WIDEN: tl.constexpr,
+    LONG_ROWS: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, S, D] and DELTA [B, H, S] (read by the key gradient); if CLOSED also DK and DV of the image's slots."""
     M: tl.constexpr = TILE_ROWS * TILE_COLS
@@ -164,7 +164,7 @@ def query_gradient_kernel(
             row_start, col_start, width, count = image_box(
                 first_row, first_col, causal, ROWS, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS, TILE_COLS, False
             )
-            whole = seen_by_all(first_col, causal, BLOCK_N, COLS, REACH_ROWS, REACH_COLS, TILE_ROWS) if SPLIT else 0
+            whole = seen_by_all(first_col, causal, BLOCK_N, COLS, LONG_ROWS)
             for start in range(0, whole, BLOCK_N):
                 key = text_slots + first_row * ROW_STEP + (start + tl.arange(0, BLOCK_N)) * COL_STEP
                 acc = add_query_gradient(

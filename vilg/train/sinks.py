@@ -61,7 +61,8 @@ class Sink(Protocol):
 
 def open_sinks(recipe: Recipe, folder: Path, *, resume_step: int, warn: Callable[[str], None]) -> list[Sink]:
     """Those that the recipe asks for. folder: the run's logs. One that cannot be opened, because its service does not
-    answer or for whatever reason, is warned about and left out. Raises UserError for W&B's missing package and Prometheus' missing folder."""
+    answer or for whatever reason, is warned about and left out. Raises UserError for W&B's missing package and Prometheus'
+    missing folder."""
     wanted, makers, sinks = recipe.logging, [], []
     if wanted.tensorboard:
         makers.append(partial(TensorBoard, folder / "tensorboard", resume_step))
